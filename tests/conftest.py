@@ -1,0 +1,30 @@
+"""What all tests share: the quiet, offline environment of `make`, the real data beside the project, the machine."""
+import os
+from pathlib import Path
+
+import pytest
+
+from tensorlens_utils.notebooks import batch_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# nbval's kernels inherit these
+os.environ.update(batch_environment(), TENSORLENS_FIGURES=str(ROOT / "build" / "test-figures"))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data, $TENSORLENS_DATA or ../shared/data; skips, and says why, where it is absent."""
+    folder = Path(os.environ.get("TENSORLENS_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "PROVENANCE.md").exists():
+        pytest.skip(f"no real data in {folder}: set TENSORLENS_DATA to a folder that has it")
+    return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Committed measurements name the hardware, and not the host."""
+    import torch
+    machine_info.pop("node", None)
+    machine_info.update(cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
+                        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
