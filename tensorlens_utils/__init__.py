@@ -5,7 +5,8 @@ import importlib
 _HOMES = {
     "data": ("load_data",),
     "models": ("load_model", "zoo"),
-    "linearize": ("linearize", "linearize_function", "register_rule", "UnsupportedOperation"),
+    "rules": ("register_rule",),
+    "linearize": ("linearize", "linearize_function", "UnsupportedOperation"),
     "tensor": ("AttentionTensor",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}

@@ -2,16 +2,15 @@
 
     F(X) = T·X + B,      (T·V)[i, c] = Σ_{j,d} T[i, c, j, d] V[j, d]                        (TensorLens, §3)
 
-T·V and B come from replaying the *tape*, the frozen network as a list of affine calls; Uᵀ·T is one backward pass through
-the graph that was recorded beside it. The two are independent, so each checks the other (``certificate``).
+T·V and B come from replaying the *tape*, the frozen network as a list of affine calls; Uᵀ·T is one backward pass
+through the graph that was recorded beside it. The two are independent, so each checks the other (``certificate``).
 
 Letters: N inputs in a batch, L tokens, D channels, M output positions, D' output channels, K cotangents at once.
 """
 
+import functools
 import html
-import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,103 +18,6 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
-
-# ---------------------------------------------------------------------------------------------------- the tape
-
-
-class Ref(NamedTuple):
-    """Where a replay finds a value: the output of node ``index`` (-1: the input), or its member ``item``."""
-
-    index: int
-    item: int | None = None
-
-
-class Node(NamedTuple):
-    """One recorded call, affine in its ``Ref`` arguments; the arguments at ``addends`` are added, not multiplied."""
-
-    fn: Callable
-    args: tuple
-    kwargs: dict
-    addends: tuple = ()
-    inplace: bool = False
-
-
-def leaves(x):
-    """The leaves of nested lists, tuples and dicts; a ``Ref`` is a leaf."""
-    if isinstance(x, list | tuple) and not isinstance(x, Ref):
-        for y in x:
-            yield from leaves(y)
-    elif isinstance(x, dict):
-        yield from leaves(tuple(x.values()))
-    else:
-        yield x
-
-
-def map_leaves(f, x):
-    """``f`` on every leaf, the nesting kept."""
-    if isinstance(x, list | tuple) and not isinstance(x, Ref):
-        return type(x)([map_leaves(f, y) for y in x])
-    return {k: map_leaves(f, v) for k, v in x.items()} if isinstance(x, dict) else f(x)
-
-
-def _zero(x):
-    """The zero of an addend; masks, flags, axes and indices are not added."""
-    if isinstance(x, Tensor):
-        return torch.zeros_like(x) if x.is_floating_point() or x.is_complex() else x
-    return 0.0 if isinstance(x, int | float) and not isinstance(x, bool) else x
-
-
-class Tape:
-    """The frozen network F̃: ``tape(V)`` is T·V + B, and ``tape(V, linear=True)``, its addends left out, is T·V."""
-
-    def __init__(self):
-        self.nodes: list[Node | None] = []
-        self.sizes: dict[int, tuple[int, float]] = {}
-
-    def append(self, *node) -> int:
-        self.nodes.append(Node(*node))
-        return len(self.nodes) - 1
-
-    def met(self, index: int, value: Tensor) -> None:
-        """Note how large and how precise a value of node ``index`` is."""
-        self.sizes[index] = value.numel() * value.element_size(), torch.finfo(value.dtype).eps
-
-    def close(self, output: Ref) -> None:
-        """Keep what ``output`` needs, and every in-place write, since another value may see it through a view."""
-        self.output, live, self.last = output, {output.index}, {output.index: len(self.nodes)}
-        for i in reversed(range(len(self.nodes))):
-            node = self.nodes[i]
-            if i in live or node.inplace:
-                for x in leaves((node.args, node.kwargs)):
-                    if isinstance(x, Ref):
-                        live.add(x.index)
-                        self.last.setdefault(x.index, i)
-            else:
-                self.nodes[i] = None
-        sizes = [self.sizes[i] for i in live if i in self.sizes]
-        self.widest, self.precision = (max(column, default=0) for column in zip(*sizes, strict=True))
-
-    def __call__(self, V: Tensor, linear: bool = False) -> Tensor:
-        values = {-1: V.clone()}
-
-        def value(x):
-            return (values[x.index] if x.item is None else values[x.index][x.item]) if isinstance(x, Ref) else x
-
-        def part(x):
-            return value(x) if isinstance(x, Ref) else _zero(x)
-
-        for i, node in enumerate(self.nodes):
-            if node is None:
-                continue
-            read = dict.fromkeys(node.addends, part) if linear else {}
-            args = [map_leaves(read.get(j, value), x) for j, x in enumerate(node.args)]
-            out = node.fn(*args, **{k: map_leaves(read.get(k, value), x) for k, x in node.kwargs.items()})
-            values[i] = args[0] if node.inplace else out
-            for x in leaves((node.args, node.kwargs)):
-                if isinstance(x, Ref) and self.last[x.index] == i:
-                    values.pop(x.index, None)
-        return value(self.output)
-
 
 # ---------------------------------------------------------------------------------------------------- the certificate
 
@@ -185,12 +87,11 @@ class AttentionTensor:
     True
     """
 
-    def __init__(self, X, Y, tape, *, forward, cuts, last, rules, budget_gb):
+    def __init__(self, X, Y, tape, forward, cuts, rules, mask, budget_gb):
         self._X, self._Y, self._tape, self._forward = X, Y, tape, forward
         self.input, self.output = X.detach(), Y.detach()
         self.shape = (*Y.shape, *X.shape[1:])
-        self.cuts, self.rules, self.budget_gb = tuple(cuts), dict(rules), budget_gb
-        self._last, self._bias = last, None
+        self.cuts, self.rules, self.mask, self.budget_gb = tuple(cuts), dict(rules), mask, budget_gb
 
     # -- products
 
@@ -228,12 +129,10 @@ class AttentionTensor:
     def __rmatmul__(self, U: Tensor) -> Tensor:
         return self.rmatvec(U)
 
-    @property
+    @functools.cached_property
     def bias(self) -> Tensor:
         """B(X) (N, M, D'): the replay at X = 0."""
-        if self._bias is None:
-            self._bias = self.replay(torch.zeros_like(self.input))
-        return self._bias
+        return self.replay(torch.zeros_like(self.input))
 
     # -- slices and the dense tensor
 
@@ -247,30 +146,28 @@ class AttentionTensor:
 
         ``position``: an int for all inputs or an (N,) tensor; −1 is each input's last unmasked token.
         """
-        rows = self._Y[torch.arange(len(self._Y)), self._positions(position)]  # (N, D')
-        return self._rows(rows)
-
-    def _positions(self, position) -> Tensor:
         N, M = self._Y.shape[:2]
         at = torch.as_tensor(position, device=self._Y.device)
-        if at.dim() == 0 and at == -1:
-            at = self._last if self._last is not None and M == self._last[1] else (torch.full((N,), M - 1), M)
-            at = at[0].to(self._Y.device)
+        if at.dim() == 0 and at == -1 and self.mask is not None and self.mask.shape == (N, M):
+            at = (self.mask * torch.arange(1, M + 1, device=self.mask.device)).argmax(1).to(self._Y.device)
         at = at.expand(N) if at.dim() == 0 else at
-        if at.shape != (N,) or at.min() < -M or at.max() >= M:
-            raise ValueError(
-                f"position must be an int or ({N},) ints in [-{M}, {M}), the output positions; it is {position}"
-            )
-        return at
+        if at.shape != (N,) or at.is_floating_point() or at.min() < -M or at.max() >= M:
+            raise ValueError(f"position must be an int or ({N},) ints in [-{M}, {M}), the outputs, not {position}")
+        return self._rows(self._Y[torch.arange(N, device=at.device), at])
 
     def _rows(self, rows: Tensor) -> Tensor:
         """The gradients of every entry of ``rows`` (N, R) by X, as (N, R, L, D)."""
         N, R = rows.shape
         self.afford(N * R * self._X[0].numel(), "this part of T")
         out = self._X.new_empty((R, *self._X.shape))
-        for k in torch.arange(R, device=rows.device).split(self.chunk):
-            out[k] = self._pull(rows, torch.eye(R, dtype=rows.dtype, device=rows.device)[k, None].expand(-1, N, -1), True)
+        for k, U in self._units(R):
+            out[k] = self._pull(rows, U[:, None].expand(-1, N, -1), batched=True)
         return out.transpose(0, 1)
+
+    def _units(self, R: int):
+        """The unit cotangents e_1..e_R in chunks: (their numbers k, their rows (K, R))."""
+        for k in torch.arange(R, device=self._Y.device).split(self.chunk):
+            yield k, self._Y.new_zeros((len(k), R)).scatter_(1, k[:, None], 1)
 
     def dense(self) -> Tensor:
         """T itself (N, M, D', L, D). Refused, with the size, where it is over ``budget_gb``."""
@@ -282,8 +179,8 @@ class AttentionTensor:
         gb = entries * self._X.element_size() / 1e9
         if gb > self.budget_gb:
             raise MemoryError(
-                f"{what} would take {gb:,.1f} GB, over the budget of {self.budget_gb:g} GB. Use products (T @ V, U @ T), "
-                "T.slice(position), T.norm() or T.svd(k), none of which forms T; or raise T.budget_gb"
+                f"{what} would take {gb:,.3g} GB, over the budget of {self.budget_gb:g} GB. Use products (T @ V, U @ T)"
+                ", T.slice(position), T.norm() or T.svd(k), none of which forms T; or raise T.budget_gb"
             )
 
     # -- norms and singular values
@@ -296,11 +193,9 @@ class AttentionTensor:
         """
         N = len(self._Y)
         if probes is None:
-            total, R = self._X.new_zeros(N, dtype=torch.float64), self._Y[0].numel()
-            for k in torch.arange(R, device=self._Y.device).split(self.chunk):
-                U = self._Y.new_zeros((len(k), N, R))
-                U[torch.arange(len(k)), :, k] = 1
-                total += self._squares(self._pull(self._Y, U.view(-1, *self._Y.shape), True)).sum(0)
+            total, y = 0, self._Y.flatten(1)
+            for _, U in self._units(y.shape[1]):
+                total += self._squares(self._pull(y, U[:, None].expand(-1, N, -1), batched=True)).sum(0)
             return total.sqrt()
         if probes < 2:
             raise ValueError(f"a standard error needs at least 2 probes, not {probes}; probes=None is exact")
@@ -330,10 +225,10 @@ class AttentionTensor:
         )  # fmt: skip
 
     def svd(self, k: int = 6, n: int = 0, seed: int = 0):
-        """The ``k`` largest singular triplets of input ``n``'s unfolding, matrix-free: U (k, M, D'), S (k,), V (k, L, D).
+        """The ``k`` largest singular triplets of input ``n``'s unfolding: U (k, M, D'), S (k,) descending, V (k, L, D).
 
-        Lanczos (ARPACK) on ``to_scipy``; S is descending, signs make each V's largest entry positive; deterministic
-        given ``seed``.
+        Matrix-free: Lanczos (ARPACK) on ``to_scipy``. Signs make each V's largest entry positive; deterministic given
+        ``seed``.
         """
         op = self.to_scipy(n)
         if not 1 <= k < min(op.shape):
@@ -342,8 +237,8 @@ class AttentionTensor:
         order = np.argsort(-s)
         u, s, vt = u.T[order], s[order], vt[order]
         sign = np.sign(vt[np.arange(k), np.abs(vt).argmax(1)])[:, None]
-        as_torch = torch.as_tensor
-        return (as_torch(u * sign).view(k, *self._Y.shape[1:]), as_torch(s.copy()), as_torch(vt * sign).view(k, *self._X.shape[1:]))
+        U, V = torch.as_tensor(u * sign), torch.as_tensor(vt * sign)
+        return U.view(k, *self._Y.shape[1:]), torch.as_tensor(s.copy()), V.view(k, *self._X.shape[1:])
 
     def operator_norm(self, n: int = 0) -> float:
         """‖T‖ of input ``n``, the largest singular value: the Lipschitz constant of the frozen network."""
@@ -391,5 +286,5 @@ class AttentionTensor:
             "rules": ", ".join(f"{k} {v if isinstance(v, str) else v.__name__}" for k, v in self.rules.items()),
             "certificate": self.certificate(),
         }
-        cells = "".join(f"<tr><th style='text-align:left'>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+        cells = "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
         return f"<table><caption>AttentionTensor: F(X) = T·X + B(X)</caption>{cells}</table>"

@@ -1,0 +1,271 @@
+"""Models: the zoo of tiny trained models that ships with the package, the hub's models, and local checkpoints.
+
+One call gives a model with its tokenizer or image processor; three more find what the operator needs to know about
+any model: the stack of transformer blocks, how often it is called, and the module that embeds the tokens.
+
+>>> from tensorlens_utils.models import load_model, n_blocks
+>>> model, processor = load_model("tiny-vit")
+>>> n_blocks(model)
+4
+
+`python -m tensorlens_utils.models [NAME ...]` retrains the zoo; the recipes are in `training.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+ZOO = Path(__file__).parent / "zoo"
+
+# task: (the Auto class that builds it, how the names of its architectures end); "Model" ends many, so it comes last.
+TASKS = {
+    "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+    "masked-lm": ("AutoModelForMaskedLM", ("ForMaskedLM",)),
+    "sequence-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification", "WithTeacher")),
+    "encoder": ("AutoModel", ("Model",)),
+}
+
+# What stands in, offline, for a hub model: by task where it is known, else by a word in the hub id; the first that the
+# zoo has. A vision word is looked for first, since "vit-gpt2" and "clip-roberta" name their vision half first too.
+STAND_INS = {
+    "image-classification": (r"vit|deit|beit|dino|clip|siglip|swin|image", ("tiny-vit",)),
+    "sequence-classification": (r"bert|electra|mpnet|sst|imdb|mnli", ("tiny-bert", "tiny-postln")),
+    "causal-lm": (r"gpt|llama|mistral|mixtral|qwen|gemma|phi|olmo|pythia|opt|bloom|falcon|mpt|rwkv|mamba",
+                  ("tiny-gpt",)),
+}
+STAND_INS["masked-lm"] = STAND_INS["sequence-classification"]
+
+
+def zoo() -> list[str]:
+    """Names of the models that ship with the package, each a folder in Hugging Face layout with a card of measured
+    numbers.
+
+    >>> "tiny-vit" in zoo()
+    True
+    """
+    return sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+
+
+def load_model(name: str | Path, *, task: str | None = None, dtype: Any = None, device: Any = None,
+               revision: str | None = None, **options: Any) -> tuple[nn.Module, Any]:
+    """A model in eval mode, with its tokenizer or image processor.
+
+    `name` is a zoo name (see `zoo()`), a local folder in Hugging Face layout, or a hub id. The class is the one that
+    the checkpoint's `architectures` names; `task` ("causal-lm", "masked-lm", "sequence-classification",
+    "image-classification", "encoder") overrides it. `dtype` None keeps the checkpoint's own precision, but gives zoo
+    models in float32 however they are stored; `device` None leaves the model on the CPU; further `options` go to
+    `from_pretrained` (such as `attn_implementation="eager"`).
+
+    Raises ValueError for a name that nothing answers to, FileNotFoundError for a missing path or a checkpoint without
+    its processor, and ConnectionError for a hub model that is not cached when there is no network; set HF_HUB_OFFLINE=1
+    to get that answer at once, without the hub's retries.
+
+    >>> model, processor = load_model("tiny-vit", dtype="float64")
+    >>> from tensorlens_utils.data import load_data
+    >>> inputs = processor(load_data("digits")[:2]["image"], return_tensors="pt").to(model.dtype)
+    >>> model(**inputs).logits.shape
+    torch.Size([2, 10])
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}.")
+    import transformers
+
+    source, where = _resolve(name)
+    pinned = {"revision": revision} if revision is not None else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **pinned)
+        auto = getattr(transformers, TASKS[task or _task(config, name)][0])
+        dtype = dtype if dtype is not None else "float32" if where == "zoo" else "auto"
+        model = auto.from_pretrained(source, config=config, dtype=dtype, **pinned, **options)
+        processor = _processor(source, model, pinned)
+    except OSError as error:
+        if where == "hub":
+            raise _hub_error(str(name), task, error) from error
+        raise
+    return model.to(device).eval() if device is not None else model.eval(), processor
+
+
+def _resolve(name: str | Path) -> tuple[str, str]:
+    """Where a name points: (path or hub id, "zoo" | "path" | "hub")."""
+    text = str(name)
+    if (ZOO / text / "config.json").is_file() and text in zoo():
+        return str(ZOO / text), "zoo"
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"A local model is a folder with a config.json; {text!r} has none. Save it there "
+                                    "with model.save_pretrained, and its tokenizer or image processor likewise.")
+        return str(path), "path"
+    if isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
+        raise FileNotFoundError(f"No folder at {text!r}. A model is a zoo name ({_listing()}), a hub id 'owner/name', "
+                                "or the path of a folder in Hugging Face layout.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("tiny-") and "/" not in text:
+        near = difflib.get_close_matches(text, zoo(), n=1)
+        raise ValueError(f"No model is named {text!r}{f'; did you mean {near[0]!r}?' if near else '.'} A model is a "
+                         f"zoo name ({_listing()}), a hub id 'owner/name', or the path of a folder in Hugging Face "
+                         "layout.")
+    return text, "hub"
+
+
+def _listing() -> str:
+    return ", ".join(map(repr, zoo())) or "nothing yet: run `make zoo`"
+
+
+def _task(config: Any, name: str | Path) -> str:
+    """The task of a checkpoint, from the architecture that its configuration names; a plain encoder where it names
+    none."""
+    architecture = (getattr(config, "architectures", None) or ["Model"])[0]
+    for task, (_, endings) in TASKS.items():
+        if architecture.endswith(endings):
+            return task
+    raise ValueError(f"The task is read off the architecture's name, and {architecture!r} of {str(name)!r} tells none. "
+                     f"Name one: load_model({str(name)!r}, task=...), of {', '.join(TASKS)}.")
+
+
+def _processor(source: str, model: nn.Module, pinned: dict) -> Any:
+    """The image processor of a model of pixels, the tokenizer of any other."""
+    import transformers
+
+    # With the PIL backend, pixels are the same numbers whether or not torchvision is installed.
+    kind, auto, asked, files = (
+        ("image processor", transformers.AutoImageProcessor, {"backend": "pil"}, ("*processor_config.json",))
+        if model.main_input_name == "pixel_values" else
+        ("tokenizer", transformers.AutoTokenizer, {}, ("tokenizer*", "vocab*", "spiece*", "*.model")))
+    local = Path(source)
+    # Looked for here, since transformers makes up an empty tokenizer where there is none.
+    if local.is_dir() and not any(found for pattern in files for found in local.glob(pattern)):
+        raise FileNotFoundError(f"A model comes with its {kind}, and {source!r} holds none. Save one beside the model: "
+                                f"{kind.replace(' ', '_')}.save_pretrained({source!r}).")
+    return auto.from_pretrained(source, **asked, **pinned)
+
+
+def _hub_error(name: str, task: str | None, error: OSError) -> Exception:
+    """What to tell someone whose hub model did not come: no such model, or no network and what stands in for it."""
+    from huggingface_hub import errors
+
+    causes, cause = [], error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(c, errors.RepositoryNotFoundError) and not isinstance(c, errors.GatedRepoError) for c in causes):
+        near = difflib.get_close_matches(name, zoo(), n=1)
+        return ValueError(f"Neither the zoo ({_listing()}) nor the hub has a model {name!r}"
+                          f"{f'; did you mean {near[0]!r}' if near else ''}. If it is private, log in to the hub.")
+    if not any(isinstance(c, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for c in causes):
+        return error
+    kinds = [STAND_INS[task]] if task in STAND_INS else [k for k in STAND_INS.values() if re.search(k[0], name.lower())]
+    stand_in = next((tiny for _, tinies in kinds[:1] for tiny in tinies if tiny in zoo()), None)
+    remedy = (f"load_model({stand_in!r}) stands in for it offline" if stand_in else
+              "the zoo has no stand-in of its kind yet")
+    return ConnectionError(f"{name!r} is a hub model that is not in the local cache, and the hub cannot be reached (no "
+                           f"network, or HF_HUB_OFFLINE=1): {remedy}. The zoo has {_listing()}. Or give the path of a "
+                           "folder in Hugging Face layout.")
+
+
+# --- Inside a model -----------------------------------------------------------------------------------------
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
+    """The stack of transformer blocks: (its path in the model, the modules in order).
+
+    It is the list of modules with the most parameters, the outermost where several hold the same ones: so experts,
+    which are listed inside a block, never win, nor do ALBERT's layers inside their one group. Counted are every
+    nn.ModuleList (of mixed classes too: hybrids alternate attention and state-space blocks) and every nn.Sequential of
+    one class, as long as their members have parts of their own, which a list of Linear or Embedding has not. How often
+    the stack is called is `n_blocks`; ALBERT calls its one group many times.
+
+    >>> find_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))[0]
+    'layers'
+    """
+    best, most = None, 0
+    for name, module in model.named_modules():  # parents come before children, so > keeps the outermost
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
+            continue
+        if any(next(member.children(), None) is None for member in module):
+            continue
+        if isinstance(module, nn.Sequential) and len({type(member) for member in module}) > 1:
+            continue
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if size > most:
+            best, most = (name, module), size
+    if best is None:
+        raise ValueError("A transformer's blocks are looked for in nn.ModuleList or nn.Sequential lists of modules, "
+                         f"and {type(model).__name__} has none. Keep its blocks in an nn.ModuleList, or use "
+                         'at="inputs" | "tokens" and to="logits" | "last_hidden_state", which need no blocks.')
+    return best
+
+
+def n_blocks(model: nn.Module) -> int:
+    """How many block calls one forward pass makes: `num_hidden_layers` of the nearest configuration above the blocks
+    (ALBERT calls one group that many times; a two-tower model has one configuration per tower), else the length of the
+    stack.
+
+    >>> n_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))
+    3
+    """
+    name, blocks = find_blocks(model)
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
+        for candidate in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+            if isinstance(getattr(candidate, "num_hidden_layers", None), int):
+                return candidate.num_hidden_layers
+    return len(blocks)
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The module whose output is the token or patch embedding, before positions, types, norms or a class token.
+
+    It is what `get_input_embeddings()` answers, and its output is one of
+
+    - text (bert, gpt2, gemma, mamba, rwkv, ...): (N, L, D) from an nn.Embedding; Gemma's, of every kind, already holds
+      its factor √D; D is ALBERT's `embedding_size`, which it projects to the hidden size afterwards;
+    - vit, deit, beit, dinov2: (N, patches, D) from the patch-embedding module;
+    - clip vision, siglip vision: (N, D, rows, columns) from its convolution, so that tokens are
+      `output.flatten(2).transpose(1, 2)`.
+
+    Raises ValueError where a model has no such module, or two (an encoder with a decoder).
+    """
+    config, name = getattr(model, "config", None), type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"A token embedding belongs to one stream of tokens, and {name} has two, encoder and decoder. "
+                         "Hand over one of them: model.get_encoder() or model.get_decoder().")
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        module = find() if find is not None else None
+    except NotImplementedError:
+        module = None
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"A token embedding is what get_input_embeddings() answers, and {name} has none that answers. "
+                         'Use at="embeddings" (what enters the first block), or write it that method, for the module '
+                         "whose output is (N, L, D); of a two-tower model, hand over one tower.")
+    return module
+
+
+# --- The cards ----------------------------------------------------------------------------------------------
+
+
+def card(name: str) -> dict[str, Any]:
+    """The measured numbers on a zoo model's card (its README.md), as the recipe wrote them: shares as {"value", "low",
+    "high", "n"} with a 95 % interval, and "parameters", "seed", "steps", "cpu_minutes".
+
+    >>> card("tiny-vit")["accuracy"]["value"] > 0.96
+    True
+    """
+    import yaml
+
+    if name not in zoo():
+        raise ValueError(f"Only zoo models carry a card; {name!r} is none. The zoo has {_listing()}.")
+    return yaml.safe_load((ZOO / name / "README.md").read_text().split("---\n")[1])["measured"]
+
+
+if __name__ == "__main__":
+    from tensorlens_utils.training import main
+
+    raise SystemExit(main())
