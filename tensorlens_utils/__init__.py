@@ -1,6 +1,8 @@
 """Read transformers as tensors. Names are imported when first used, so that ``import tensorlens_utils`` costs nothing."""
 
 import importlib
+import sys
+import types
 
 _HOMES = {
     "data": ("load_data",),
@@ -21,3 +23,14 @@ def __getattr__(name):
 
 def __dir__():
     return __all__
+
+
+class _Package(types.ModuleType):
+    """``linearize`` is the function; importing the module of that name must not put the module in its place."""
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
