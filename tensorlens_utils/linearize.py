@@ -71,7 +71,7 @@ class Recorder(TorchFunctionMode):
         rule, name, inplace = rule_of(func) if deps else (shape_only, "", False)
         if name in LIKE and len(args) > 1 and isinstance(args[1], Tensor):  # x.type_as(y): y lends its dtype or shape
             args, deps = (args[0], args[1].detach(), *args[2:]), deps[:1] if args[0].requires_grad else []
-        if rule is shape_only or not deps:
+        if rule is shape_only and not inplace or not deps:
             return func(*args, **kwargs)
         with torch.enable_grad():
             for t in deps:
@@ -131,6 +131,9 @@ class Recorder(TorchFunctionMode):
         args, kwargs = map_leaves(self.settled, args), map_leaves(self.settled, kwargs) if kwargs else {}
         out = fn(*args, **kwargs)
         if any(out is x for x in args):
+            return out
+        if isinstance(out, Tensor) and not out.requires_grad:  # a cast to integers
+            self.cuts.append(Cut(self.module(), title(fn), "choice"))
             return out
         index = self.tape.append(fn, map_leaves(to_ref, args), map_leaves(to_ref, kwargs), addends)
         return self.place(out, index, **tag)
@@ -220,8 +223,8 @@ class Recorder(TorchFunctionMode):
 
     def refuse(self, what: str):
         raise UnsupportedOperation(
-            f"{what} (in {self.module()}). Nothing is guessed here; teach it with register_rule(function or module class, "
-            "rule), the rule one of linear, elementwise, softmax, choice, or your own function of (recorder, call)"
+            f"{what} (in {self.module()}). Nothing is guessed here; teach it with register_rule(function or module "
+            "class, rule), the rule one of linear, elementwise, softmax, choice, or your own function of (recorder, call)"
         )
 
 
@@ -385,7 +388,9 @@ def _forward(model: nn.Module, inputs: dict, at, to, rec: Recorder | None) -> Te
             rec.one_hot = token_embedding(model).weight
         elif at == "tokens":
             stack.callback(hook(token_embedding(model), lambda out: _patches(enter, out)))
-        elif rec and hasattr(model, "get_input_embeddings"):  # what gets past the boundary otherwise must be noticed
+        elif rec and floating and not pixels:  # what gets past the boundary must be noticed: see Recorder.check
+            kwargs[main].requires_grad_()
+        elif rec and hasattr(model, "get_input_embeddings"):
             stack.callback(hook(token_embedding(model), lambda out: out.detach().requires_grad_()))
         if boundaries:
             _watch(model, stack, at, to, enter)

@@ -31,8 +31,8 @@ TASKS = {
     "encoder": ("AutoModel", ("Model",)),
 }
 
-# What stands in, offline, for a hub model: by task where it is known, else by a word in the hub id; the first that the
-# zoo has. A vision word is looked for first, since "vit-gpt2" and "clip-roberta" name their vision half first too.
+# task: (what a hub id of that kind contains, which zoo models stand in for it offline, the best first). Where no task is
+# given the first task with a word in the id counts.
 STAND_INS = {
     "image-classification": (r"vit|deit|beit|dino|clip|siglip|swin|image", ("tiny-vit",)),
     "sequence-classification": (r"bert|electra|mpnet|sst|imdb|mnli", ("tiny-bert", "tiny-postln")),
@@ -180,7 +180,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:
     one class, as long as their members have parts of their own, which a list of Linear or Embedding has not. How often
     the stack is called is `n_blocks`; ALBERT calls its one group many times.
 
-    >>> find_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))[0]
+    >>> find_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3))[0]
     'layers'
     """
     best, most = None, 0
@@ -206,7 +206,7 @@ def n_blocks(model: nn.Module) -> int:
     (ALBERT calls one group that many times; a two-tower model has one configuration per tower), else the length of the
     stack.
 
-    >>> n_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3))
+    >>> n_blocks(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3))
     3
     """
     name, blocks = find_blocks(model)

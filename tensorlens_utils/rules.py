@@ -97,7 +97,8 @@ def to_ref(x):
 
 
 def base_of(t: Tensor) -> Tensor:
-    return t if t._tag.base is None else t._tag.base
+    """What t is an elementwise function of: itself, too, once it was written to through a view."""
+    return t if t._tag.base is None or t._tag.version != t._version else t._tag.base
 
 
 def title(func) -> str:
@@ -147,7 +148,7 @@ def common_base(deps: list[Tensor]) -> Tensor | None:
 
 
 def compose(call: Call) -> Callable:
-    inner = {id(t): t._tag.fn for t in call.deps}
+    inner = {id(t): None if base_of(t) is t else t._tag.fn for t in call.deps}
     return lambda z: call.run(lambda t: inner[id(t)](z) if inner[id(t)] else z)
 
 
@@ -387,8 +388,17 @@ def larger(rec, call: Call):
         return torch.where(mask, a, b)
 
 
+def evaluation(rec, call: Call):
+    """dropout and batch norm: affine in eval mode; random, or of the whole batch, in training."""
+    dropout = "dropout" in call.name
+    if call.bind(input=None, p=0.0, train=False)["train"] if dropout else call.args[5]:
+        rec.refuse(f"{title(call.func)} in training mode is no function of X alone; call it with training=False")
+    return pointwise(rec, call) if dropout else linear(rec, call)
+
+
 def shape_only(rec, call: Call):
-    """What asks a tensor for its shape, dtype or device, not for its values: never called."""
+    """What asks a tensor for its shape, dtype or device, not for its values (in place: what forgets its value)."""
+    return call.func(*call.args, **call.kwargs)
 
 
 def out_of_sight(rec, call: Call):
@@ -451,9 +461,9 @@ RULES = {
     ),
     **_each(
         pointwise,
-        "add sub subtract rsub where masked_fill neg negative positive to float double half bfloat16 type type_as "
-        "dropout alpha_dropout feature_dropout",
+        "add sub subtract rsub where masked_fill neg negative positive to float double half bfloat16 type type_as",
     ),
+    **_each(evaluation, "dropout alpha_dropout feature_dropout batch_norm"),
     **_each(
         elementwise,
         "relu relu6 gelu silu mish elu celu selu leaky_relu prelu hardtanh hardswish hardsigmoid hardshrink "
@@ -532,7 +542,8 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
 
 def functional(name: str) -> Callable:
     """What ``name_`` does in place, as a function of the old value."""
-    own = {"setitem": _setitem, "copy": lambda t, source, *_: source.to(t.dtype).expand_as(t).clone()}
+    own = {"setitem": _setitem, "zero": torch.zeros_like, "fill": torch.full_like,
+           "copy": lambda t, source, *_: source.to(t.dtype).expand_as(t).clone()}  # fmt: skip
     return own.get(name) or getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name)
 
 
