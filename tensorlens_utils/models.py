@@ -31,8 +31,8 @@ TASKS = {
     "encoder": ("AutoModel", ("Model",)),
 }
 
-# task: (what a hub id of that kind contains, which zoo models stand in for it offline, the best first). Where no task is
-# given the first task with a word in the id counts.
+# task: (words in a hub id of that kind, the zoo models that stand in for it offline, the best first). Where no task is
+# given, the first one with a word in the id counts.
 STAND_INS = {
     "image-classification": (r"vit|deit|beit|dino|clip|siglip|swin|image", ("tiny-vit",)),
     "sequence-classification": (r"bert|electra|mpnet|sst|imdb|mnli", ("tiny-bert", "tiny-postln")),

@@ -322,12 +322,9 @@ def attention(rec, call: Call):
     with rec:
         if a["enable_gqa"]:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-        if frozen and q.shape[:-1].numel() * k.shape[-2] > TILE:
-            rec.paused = True
-            out = rec.record(attend, (v, q, k, mask, a["is_causal"], scale))
-            rec.paused = False
-            return out
-        return pattern(q, k, mask, a["is_causal"], scale) @ v
+        if not frozen or q.shape[:-1].numel() * k.shape[-2] <= TILE or not dependent(v):
+            return pattern(q, k, mask, a["is_causal"], scale) @ v
+    return rec.record(attend, (v, q, k, mask, a["is_causal"], scale))
 
 
 def pattern(q, k, mask, causal, scale, rows=slice(None)):
@@ -535,7 +532,8 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
         return None, name, inplace
     if name.startswith(("is_", "new_")) or name.endswith("_like"):
         return shape_only, name, inplace
-    if isinstance(func, types.FunctionType) and ("inplace" in func.__code__.co_varnames or name not in RULES):
+    if isinstance(func, types.FunctionType) and ("inplace" in func.__code__.co_varnames or name not in RULES
+                                                or func is F.batch_norm):  # fmt: skip
         return composite, name, False
     return RULES.get(name), name, inplace
 
