@@ -1,4 +1,4 @@
-"""Read transformers as tensors. Names are imported when first used, so that ``import tensorlens_utils`` costs nothing."""
+"""Read transformers as tensors. Names are imported when first used, so ``import tensorlens_utils`` costs nothing."""
 
 import importlib
 import sys

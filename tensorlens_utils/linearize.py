@@ -223,8 +223,8 @@ class Recorder(TorchFunctionMode):
 
     def refuse(self, what: str):
         raise UnsupportedOperation(
-            f"{what} (in {self.module()}). Nothing is guessed; teach it: register_rule(function_or_module_class, rule), "
-            "the rule being linear, elementwise, softmax, choice or your own function of (recorder, call)"
+            f"{what} (in {self.module()}). Nothing is guessed: teach it by register_rule(function_or_module_class, "
+            "rule), the rule being linear, elementwise, softmax, choice or your own function of (recorder, call)"
         )
 
 

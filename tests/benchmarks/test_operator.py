@@ -1,4 +1,4 @@
-"""What the operator costs, in ratios to a named alternative that is measured in the same run (GPT-2 small, random weights).
+"""What the operator costs, in ratios to a named alternative measured in the same run (GPT-2 small, random weights).
 
 Each bar is asserted, and its figure is kept beside the times in the results file (``extra_info``).
 """
@@ -134,7 +134,8 @@ def test_long_sequence_keeps_no_attention_pattern(benchmark, gpt2):
     kept = seconds(row, 1)
     rules.TILE = 2**20
     try:
-        benchmark.pedantic(lambda: torch.testing.assert_close(row(), whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item()), rounds=1)
+        tiled = benchmark.pedantic(row, rounds=1)
+        assert (tiled - whole).norm() < 1e-5 * whole.norm()
         benchmark.extra_info["tiled_over_kept"] = seconds(row, 1) / kept
     finally:
         rules.TILE = old
