@@ -41,7 +41,7 @@ from torch import Tensor
 
 from .tape import Ref, leaves, map_leaves
 
-TILE = 2**24  # entries of an attention pattern above which it is recomputed, by rows of queries, instead of kept
+TILE = 2**22  # entries of an attention pattern above which it is recomputed, by rows of queries, instead of kept
 
 
 @dataclass(slots=True)

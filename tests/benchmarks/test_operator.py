@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from tensorlens_utils import linearize
 
@@ -75,7 +76,7 @@ def test_exact_slice_against_jacfwd_and_autograd(benchmark, gpt2):
         return 10 * 2 * 2048**3 / seconds(lambda: [A @ B for _ in range(10)])
 
     before, memory = matmul_rate(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         T._pull(T._Y[:, -1], torch.eye(D, device=DEVICE)[:1, None], batched=True)
     ours = seconds(lambda: T.slice(-1), 1)
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e6
