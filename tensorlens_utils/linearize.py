@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 from .models import find_blocks, n_blocks, token_embedding
 from .rules import (
     LIKE,
-    REGISTERED,
     Call,
     Tag,
     base_of,
@@ -27,6 +26,7 @@ from .rules import (
     diagonal,
     functional,
     ratio,
+    registered,
     rule_of,
     settled_linear,
     shape_only,
@@ -71,6 +71,11 @@ class Recorder(TorchFunctionMode):
         rule, name, inplace = rule_of(func) if deps else (shape_only, "", False)
         if name in LIKE and len(args) > 1 and isinstance(args[1], Tensor):  # x.type_as(y): y lends its dtype or shape
             args, deps = (args[0], args[1].detach(), *args[2:]), deps[:1] if args[0].requires_grad else []
+        if not deps and (rule_of(func)[2] or "out" in kwargs):
+            self.tape.keep(kwargs.get("out", args[0]))
+        if rule is shape_only and name.startswith("new_") or name.endswith("_like"):
+            deps = [t for t in deps if t is not args[0]]  # of the tensor that it is like, only the shape is read
+            rule = None
         if rule is shape_only and not inplace or not deps:
             return func(*args, **kwargs)
         with torch.enable_grad():
@@ -95,6 +100,7 @@ class Recorder(TorchFunctionMode):
             X = value.detach().clone().requires_grad_()
             x = self.tag(X.clone(), Tag("linear", Ref(-1)))
         self.X = X
+        self.tape.met(-1, X)
         return x
 
     def tag(self, t: Tensor, tag: Tag) -> Tensor:
@@ -103,7 +109,7 @@ class Recorder(TorchFunctionMode):
 
     def check(self, t: Tensor) -> None:
         """Refuse what came to depend on X unseen: by foreign code, a write through a view, or round the boundary."""
-        if dependent(t):
+        if dependent(t) and (t._tag.taught or not isinstance(t.grad_fn, torch.autograd.function.BackwardCFunction)):
             if t._tag.version != t._version and t.untyped_storage().data_ptr() in self.bent:
                 self.refuse("a value was made nonlinear in place through a view, which a replay cannot follow")
             return
@@ -150,14 +156,14 @@ class Recorder(TorchFunctionMode):
         """The call's own derivative: y(X) + J·(x − X), on the tape as c + J·x with c = y(X) − J·X."""
         call = call.mapped(self.settled)
         deps = {id(t): t for t in call.deps}
-        at = tuple(t.detach() for t in deps.values())
+        at = tuple(t.detach().contiguous() for t in deps.values())
 
         def f(*xs):
             given = dict(zip(deps, xs, strict=True))
             return call.run(lambda t: given[id(t)])
 
         def affine(c, *xs):  # J does not read what a mask has set to −∞: 0 in its stead keeps ∞ − ∞ out
-            xs = tuple(x.masked_fill(x.abs() > torch.finfo(x.dtype).max / 8, 0) for x in xs)
+            xs = tuple(x.masked_fill(x.abs() > torch.finfo(x.dtype).max / 8, 0).contiguous() for x in xs)
             return c + torch.func.jvp(f, at, xs)[1]
 
         y = call.run()
@@ -176,6 +182,8 @@ class Recorder(TorchFunctionMode):
         """A value that only its use will settle stays of ``kind`` through an operation that is affine, or is not."""
         tags, form = [t._tag for t in call.deps], None
         if self.options["attention" if kind == "scores" else "norm"] == "tangent":
+            if kind != "scores":  # x² is no activation here, but part of a norm
+                call = call.mapped(lambda t: self.force(t, "tangent") if t._tag.kind == "pending" else t)
             out = settled_linear(self, call) if affine else self.tangent(call)
         else:
             out = call.run()
@@ -200,6 +208,7 @@ class Recorder(TorchFunctionMode):
         before = target._tag.ref if dependent(target) else None
         if before is None:  # so far the target was a constant, or had no affine form
             before = Ref(self.tape.append(torch.clone, (target.detach().clone(),), {}, (0,)))
+            self.tape.keep(target)
         target.copy_(result)
         new = result._tag if dependent(result) else Tag("linear", Ref(-1))
         if new.ref is None:
@@ -302,13 +311,15 @@ def _operator(run: Callable, model: nn.Module, options: dict, budget_gb: float, 
     with untouched(model), torch.enable_grad(), module_rules(model, rec):
         with rec:
             Y = run(rec)
+        if isinstance(Y, Tensor) and Y.requires_grad:
+            rec.check(Y)
         Y = rec.settled(Y)
     if rec.X is None or not dependent(Y):
         raise ValueError("the output does not depend on X: `at` lies behind `to`, or the module that makes X never ran")
     rec.tape.close(Y._tag.ref)
 
-    def forward():
-        with untouched(model), torch.no_grad():
+    def forward():  # under an idle mode, lest torch's encoder take its fast path, which blanks the padding
+        with untouched(model), torch.no_grad(), Recorder(model, options):
             return run(None)
 
     return AttentionTensor(rec.X, Y, rec.tape, forward, rec.cuts, options, mask, budget_gb)
@@ -334,7 +345,8 @@ def untouched(model: nn.Module):
 
 @contextmanager
 def module_rules(model: nn.Module, rec: Recorder):
-    """Hooks on the modules that have a registered rule: their forward runs unseen, and the rule gives the output."""
+    """Hooks, taken off again: a module with a registered rule runs unseen and the rule gives its output; what any other
+    returns is checked for foreign code."""
 
     def pause(module, args, kwargs):
         rec.paused = True
@@ -344,14 +356,21 @@ def module_rules(model: nn.Module, rec: Recorder):
         if rec.X is not None and deps:
             for t in deps:
                 rec.check(t)
-            rule = next(REGISTERED[c] for c in type(module).__mro__ if c in REGISTERED)
-            out = rule(rec, Call(module.forward, type(module).__name__, args, kwargs, deps))
+            out = registered(type(module))(rec, Call(module.forward, type(module).__name__, args, kwargs, deps))
+            for t in filter(dependent, leaves(out)):
+                t._tag.taught = True
         rec.paused = False
         return out
 
+    def check(module, args, out):  # foreign code is found where it was called
+        for t in leaves(out) if rec.X is not None and not rec.paused else ():
+            if isinstance(t, Tensor) and t.requires_grad:
+                rec.check(t)
+
     with ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_hook(check).remove)
         for m in model.modules():
-            if any(c in REGISTERED for c in type(m).__mro__):
+            if registered(type(m)):
                 stack.callback(m.register_forward_pre_hook(pause, with_kwargs=True).remove)
                 stack.callback(m.register_forward_hook(answer, with_kwargs=True).remove)
         yield

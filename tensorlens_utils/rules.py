@@ -56,6 +56,7 @@ class Tag:
     form: Callable | None = None  # makes the affine form of a pending value or a statistic, should one be wanted
     origin: str = ""  # where it stopped being affine, for the error
     summed: "Tag | None" = None  # what this is the sum of: exp(S) / sum(exp(S)) is a softmax
+    taught: bool = False  # a registered rule vouches for the foreign code that made it
     version: int = 0
 
 
@@ -102,6 +103,7 @@ def base_of(t: Tensor) -> Tensor:
 
 
 def title(func) -> str:
+    func = func.__self__ if func.__name__ == "__get__" else func
     owner = getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", "torch")
     return f"{owner}.{func.__name__}".replace("torch._C._", "torch.").replace("TensorBase", "torch.Tensor")
 
@@ -124,6 +126,8 @@ def settled_linear(rec, call: Call):
     factors = [x for key, x in (*enumerate(call.args), *call.kwargs.items()) if key not in addends]
     if sum(map(dependent, leaves(factors))) > 1:  # q·kᵀ
         return rec.carry(call, "scores", affine=False, origin=two_factors(rec, call))
+    if call.name in PRODUCTS and not any(map(dependent, leaves(factors))):  # X comes in by what is added alone
+        addends = tuple(k for k, x in (*enumerate(call.args), *call.kwargs.items()) if isinstance(x, Tensor))
     gate = call.name not in PRODUCTS and all(rec.settled(t)._tag.gate for t in call.deps)
     return rec.record(call.func, call.args, call.kwargs, addends, gate=gate)
 
@@ -254,8 +258,7 @@ def reduction(rec, call: Call):
     """sum and mean: of x², a statistic; of a linear value, linear."""
     t = call.deps[0]
     if t._tag.kind == "pending":
-        tangent = rec.options["norm"] == "tangent"
-        return rec.carry(call.hold(t, rec.force(t, "tangent")) if tangent else call, "stat", affine=True)
+        return rec.carry(call, "stat", affine=True)
     out = linear(rec, call)
     out._tag.summed = t._tag if t._tag.kind == "scores" and call.name == "sum" else None
     return out
@@ -488,11 +491,17 @@ RULES = {
     **_each(
         shape_only,
         "size dim numel nelement ndimension stride storage_offset get_device element_size result_type register_hook "
-        "zero fill untyped_storage __len__ __hash__ __repr__ __format__",
+        "zero fill untyped_storage _nested_tensor_from_mask_left_aligned __len__ __hash__ __repr__ __format__",
     ),
     "__iter__": composite,
 }
-REGISTERED: dict = {}
+REGISTERED: dict = {"transformers.models.bloom.modeling_bloom.BloomGelu": elementwise}  # an autograd.Function inside
+
+
+def registered(module: type) -> Callable | None:
+    """The rule that stands for the whole forward of a module class, if there is one."""
+    found = (REGISTERED.get(c) or REGISTERED.get(f"{c.__module__}.{c.__qualname__}") for c in module.__mro__)
+    return next(filter(None, found), None)
 
 
 def register_rule(target, rule: Callable) -> None:

@@ -61,6 +61,18 @@ class Tape:
         self.nodes.append(Node(*node))
         return len(self.nodes) - 1
 
+    def keep(self, target: Tensor) -> None:
+        """A constant is about to be written to: the calls that have read it keep what they read."""
+        at = target.untyped_storage().data_ptr()
+
+        def shares(x):
+            return isinstance(x, Tensor) and x.untyped_storage().data_ptr() == at
+
+        for i, node in enumerate(self.nodes):
+            if any(map(shares, leaves((node.args, node.kwargs)))):
+                args, kwargs = map_leaves(lambda x: x.clone() if shares(x) else x, (node.args, node.kwargs))
+                self.nodes[i] = node._replace(args=args, kwargs=kwargs)
+
     def met(self, index: int, value: Tensor) -> None:
         """Note how large and how precise a value of node ``index`` is."""
         self.sizes[index] = value.numel() * value.element_size(), torch.finfo(value.dtype).eps
@@ -77,10 +89,14 @@ class Tape:
                         self.last.setdefault(x.index, i)
             else:
                 self.nodes[i] = None
+        constants = {id(x): x for n in self.nodes if n for x in leaves((n.args, n.kwargs)) if isinstance(x, Tensor)}
+        self.versions = [(x, x._version) for x in constants.values() if not x.is_inference()]
         sizes = [self.sizes[i] for i in live if i in self.sizes]
         self.widest, self.precision = (max(column, default=0) for column in zip(*sizes, strict=True))
 
     def __call__(self, V: Tensor, linear: bool = False) -> Tensor:
+        if any(x._version != version for x, version in self.versions):
+            raise RuntimeError("the model's weights have changed since it was linearised; call linearize again")
         values = {-1: V.clone()}
 
         def value(x):

@@ -34,7 +34,7 @@ class Cut(NamedTuple):
 class Certificate:
     """How exact an operator is. Errors are relative to the norms of what they compare.
 
-    forward     ‖F̃(X) − F(X)‖, F the model's own forward, run again without interception
+    forward     ‖F̃(X) − F(X)‖, F the model's own forward, run again without interception, F̃ as recorded and as replayed
     adjoint_x   |⟨U, F̃(X) − F̃(0)⟩ − ⟨Uᵀ·T, X⟩| at a random U: left by replay, right by one backward pass
     adjoint_v   the same at a random V
     cuts        every operation whose X-dependent input became constant, by module path, with its rule
@@ -141,6 +141,7 @@ class AttentionTensor:
         """Cotangents that go back together: as many as keep the largest value of the network under 64 MB."""
         return max(1, int(64e6 / max(1, self._tape.widest)))
 
+    @torch.enable_grad()
     def slice(self, position: int | Tensor = -1) -> Tensor:
         """T[:, position] (N, D', L, D), exact: D' cotangents, in chunks.
 
@@ -169,6 +170,7 @@ class AttentionTensor:
         for k in torch.arange(R, device=self._Y.device).split(self.chunk):
             yield k, self._Y.new_zeros((len(k), R)).scatter_(1, k[:, None], 1)
 
+    @torch.enable_grad()
     def dense(self) -> Tensor:
         """T itself (N, M, D', L, D). Refused, with the size, where it is over ``budget_gb``."""
         self.afford(int(np.prod(self.shape)), "T")
@@ -185,6 +187,7 @@ class AttentionTensor:
 
     # -- norms and singular values
 
+    @torch.enable_grad()
     def norm(self, probes: int | None = None, seed: int = 0):
         """‖T‖_F per input, (N,): exact, streaming over the cotangents; or, with ``probes``, Hutchinson's estimate.
 
@@ -267,7 +270,8 @@ class AttentionTensor:
             return float(((left - right).abs() / scale.clamp_min(1e-300)).max())
 
         F = self._forward().double()
-        forward = float((self.output.double() - F).norm() / F.norm().clamp_min(1e-300))
+        ours = (self.output.double(), self.replay(self.input).double())  # as recorded, and as replayed
+        forward = max(float((y - F).norm() / F.norm().clamp_min(1e-300)) for y in ours)
         V = random(self._X) * self.input.std()
         tolerance = min(500 * self._tape.precision, 0.04)
         return Certificate(forward, adjoint(self.input), adjoint(V), tolerance, self.cuts)
