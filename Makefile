@@ -55,7 +55,7 @@ setup: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 600 \
-	  --nbval-sanitize-with tests/nbval_sanitize.cfg $(ARGS) tests notebooks
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg --doctest-modules $(ARGS) tests tensorlens_utils notebooks
 
 lab: $(READY)
 	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks

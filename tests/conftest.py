@@ -21,6 +21,15 @@ def shared_data():
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(request):
+    """The tests' models are tiny, and two threads only wait for one another; benchmarks keep all cores."""
+    import torch
+
+    if not any("benchmarks" in str(item.path) for item in request.session.items):
+        torch.set_num_threads(1)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Committed measurements name the hardware, and not the host."""

@@ -237,8 +237,8 @@ def test_an_activation_is_its_ratio_and_its_value_at_zero_is_bias(phi):
     T = linearize_function(phi, z)
     T.certificate().check()
     r = torch.where(z == 0, AT_ZERO[phi], RATIOS[phi](z)).flatten()
-    close(T.dense().view(12, 12), torch.diag(r), 1e-10)  # measured 2e-11, where the difference φ(z) − φ(0) cancels
-    close(T.bias, phi(torch.zeros_like(z)), 1e-10)
+    close(T.dense().view(12, 12), torch.diag(r), 1e-11)  # measured 1.4e-12, where the difference φ(z) − φ(0) cancels
+    close(T.bias, phi(torch.zeros_like(z)), 1e-11)
     close(T @ z + T.bias, phi(z))
     tangent = linearize_function(phi, z, activation="tangent")
     close(tangent.dense().view(12, 12), torch.diag(jacobian(phi, z).view(12, 12).diag()))
@@ -577,6 +577,12 @@ def through_a_view(x):
     return buffer + x
 
 
+def product_through_a_view(x):
+    y = x @ W
+    y[..., :2].mul_((x @ W2)[..., :2])
+    return y
+
+
 RAISES = {
     "a product of two bare values": (lambda x: (x @ W) * (x @ W2), r"mul.*multiplies two values that depend on X"),
     "a product of two gates": (lambda x: torch.sigmoid(x @ W) * torch.tanh(x @ W2), "mul.*multiplies two values"),
@@ -595,8 +601,12 @@ RAISES = {
     "a linear autograd.Function": (lambda x: Reversed.apply(x @ W), r"autograd\.Function Reversed"),
     "a fused autograd.Function": (lambda x: Fused.apply(x @ W) + x, r"autograd\.Function Fused"),
     "a write into a view of a constant": (through_a_view, "view of a constant"),
+    "a product written through a view": (product_through_a_view, "in place through a view"),
     "a statistic outside a norm": (lambda x: x + x.var(-1, keepdim=True), "statistic"),
-    "a power returned bare of a mean": (lambda x: x + (x @ W).pow(2).mean(-1, keepdim=True) * x.square(), ""),
+    "a mean of squares outside a norm": (
+        lambda x: x + (x @ W).pow(2).mean(-1, keepdim=True) * x.square(),
+        "two values|stat",
+    ),
 }
 
 
@@ -708,8 +718,8 @@ def test_whatever_is_written_it_is_exact_or_raises(name, options):
     close(T.replay(V), T @ V + T.bias)
     left, right = (U * (T @ V)).sum(), (T.rmatvec(U) * V).sum()
     assert abs(left - right) <= 1e-12 * max(1.0, abs(left))
-    if options:  # a central difference, which torch's rules of differentiation have no part in; measured: 2e-9
-        close(T @ V, (f(X1 + 1e-6 * V) - f(X1 - 1e-6 * V)) / 2e-6, 1e-7)
+    if options:  # a central difference, which torch's rules of differentiation have no part in; measured: 2.3e-10
+        close(T @ V, (f(X1 + 1e-6 * V) - f(X1 - 1e-6 * V)) / 2e-6, 1e-8)
 
 
 def test_an_output_without_X_is_refused():
@@ -968,7 +978,7 @@ def test_the_functions_come_from_the_package_whatever_was_imported_before(first)
 
 
 def test_a_real_bias_free_model_is_its_operator(shared_data):
-    """stories260K: T·X = F(X), T·X by the backward pass alone, each logit of the last token. Measured: 7e-7."""
+    """stories260K: T·X = F(X), T·X by the backward pass alone, each logit of the last token. Measured: 1.5e-6."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = shared_data / "stories260K"

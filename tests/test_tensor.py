@@ -431,9 +431,9 @@ def test_a_certificate_notices_a_forward_that_is_not_the_models():
     assert T.certificate().forward > 0.1
 
 
-@pytest.mark.parametrize("dtype, bar", [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+@pytest.mark.parametrize("dtype, bar", [(torch.float64, 1e-14), (torch.float32, 3e-6), (torch.bfloat16, 0.04)])
 def test_products_in_every_precision_are_those_of_float64(dtype, bar):
-    """Weights rounded alike; measured: 3e-7 in float32, 0.02 in bfloat16."""
+    """Weights rounded alike; measured: 4.2e-7 in float32, 0.0104 in bfloat16."""
     model, inputs = FAMILIES["gpt2"]()
     rounded = model.to(dtype)
     T, exact = linearize(rounded, inputs), linearize(copy.deepcopy(rounded).double(), inputs)
