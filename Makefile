@@ -65,7 +65,7 @@ bench: $(READY)
 	$(PY) -m pytest tests/benchmarks --benchmark-json=tests/benchmarks/results/$(BENCH).json $(ARGS)
 
 zoo: $(READY)
-	$(PY) -m tensorlens_utils.models
+	$(PY) -m tensorlens_utils.training
 
 # without find-links, which would lock one machine's build of torch; without CUDA's packages, which torch pins by itself
 lock: $(READY)

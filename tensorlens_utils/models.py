@@ -8,7 +8,7 @@ any model: the stack of transformer blocks, how often it is called, and the modu
 >>> n_blocks(model)
 4
 
-`python -m tensorlens_utils.models [NAME ...]` retrains the zoo; the recipes are in `training.py`.
+`python -m tensorlens_utils.training [NAME ...]` retrains the zoo; the recipes are in `training.py`.
 """
 
 from __future__ import annotations
@@ -263,9 +263,3 @@ def card(name: str) -> dict[str, Any]:
     if name not in zoo():
         raise ValueError(f"Only zoo models carry a card; {name!r} is none. The zoo has {_listing()}.")
     return yaml.safe_load((ZOO / name / "README.md").read_text().split("---\n")[1])["measured"]
-
-
-if __name__ == "__main__":
-    from tensorlens_utils.training import main
-
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """The recipes of the zoo: how each tiny model was trained, and how its card was measured.
 
-`make zoo`, or `python -m tensorlens_utils.models [NAME ...] [--steps N] [--out FOLDER]`. A run shows its progress, goes
-on where it was stopped, and on one machine gives the same weights every time: all randomness is one seeded generator's,
+`make zoo`, or `python -m tensorlens_utils.training [NAME ...] [--steps N] [--out FOLDER]`. A run shows its progress,
+goes on where it was stopped, and on one machine gives the same weights every time: all randomness is one seeded generator's,
 kept beside the weights and the optimizer's state under build/zoo, and the number of threads, which settles the order of
 sums, is part of the recipe. To retrain from the first step, remove that folder.
 """
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import digit_text, load_data
+from .models import ZOO
 
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of intensity / 16 over the training digits; a pixel value of 0 is the mean grey
 BASELINES = {"black": -PIXEL_MEAN / PIXEL_STD, "grey": 0.0}  # what a masked patch holds: intensity 0, or the mean
@@ -136,7 +137,8 @@ def ship(recipe: Recipe, out: str | Path, work: str | Path, **options: Any) -> d
     made = (f"{measured['parameters']:,} parameters; seed {recipe.seed}; {recipe.steps:,} steps of "
             f"{recipe.batch_size}; AdamW, highest learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}; "
             f"{measured['cpu_minutes']} minutes of one CPU core with torch {measured['torch']}. The same machine gives "
-            f"the same weights again. Written, numbers included, by `python -m tensorlens_utils.models {recipe.name}`.")
+            "the same weights again. Written, numbers included, by "
+            f"`python -m tensorlens_utils.training {recipe.name}`.")
     (folder / "README.md").write_text("\n".join((
         f"---\n{front}---\n# {recipe.name}\n", textwrap.fill(recipe.about, 120),
         "\n| on held-out data | share | 95 % interval (Wilson) | of |\n|---|---|---|---|", rows, "",
@@ -288,10 +290,8 @@ RECIPES = {recipe.name: recipe for recipe in (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m tensorlens_utils.models`: train, measure and ship models of the zoo."""
-    from .models import ZOO
-
-    parser = argparse.ArgumentParser(prog="python -m tensorlens_utils.models", description="Retrain the zoo.")
+    """`python -m tensorlens_utils.training`: train, measure and ship models of the zoo."""
+    parser = argparse.ArgumentParser(prog="python -m tensorlens_utils.training", description="Retrain the zoo.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; all if none is given")
     parser.add_argument("--steps", type=int, help="a trial of so many steps, written to build/zoo/trial")
     parser.add_argument("--out", type=Path, help="where the models go; by default the package's own zoo")
@@ -306,3 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: accuracy {measured['accuracy']['value']:.3f}, {measured['parameters']:,} parameters, "
               f"{measured['cpu_minutes']} CPU minutes, in {out / name}")
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
