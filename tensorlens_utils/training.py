@@ -1,9 +1,9 @@
 """The recipes of the zoo: how each tiny model was trained, and how its card was measured.
 
 `make zoo`, or `python -m tensorlens_utils.training [NAME ...] [--steps N] [--out FOLDER]`. A run shows its progress,
-goes on where it was stopped, and on one machine gives the same weights every time: all randomness is one seeded generator's,
-kept beside the weights and the optimizer's state under build/zoo, and the number of threads, which settles the order of
-sums, is part of the recipe. To retrain from the first step, remove that folder.
+goes on where it was stopped, and on one machine gives the same weights every time: all randomness is one seeded
+generator's, kept beside the weights and the optimizer's state under build/zoo, and the number of threads, which
+settles the order of sums, is part of the recipe. To retrain from the first step, remove that folder.
 """
 
 from __future__ import annotations
