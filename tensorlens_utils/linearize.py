@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .models import find_blocks, n_blocks, token_embedding
 from .rules import (
     LIKE,
     Call,
     Tag,
+    UnsupportedOperation,
     base_of,
     dependent,
     diagonal,
@@ -43,8 +45,6 @@ OPTIONS = {
     "activation": ("ratio", "tangent"),
     "gate": ("gate", "value", "split", "tangent"),
 }
-class UnsupportedOperation(RuntimeError):
-    """A value that depends on X met an operation that no rule makes linear."""
 
 
 # ---------------------------------------------------------------------------------------------------- the recorder
@@ -58,9 +58,12 @@ class Recorder(TorchFunctionMode):
         self.options, self.names = options, {m: n for n, m in model.named_modules()}
         self.tape, self.cuts, self.bent = Tape(), [], set()
         self.X, self.paused, self.one_hot = None, False, None
+        self.based = WeakIdKeyDictionary()  # tensors that are known as functions of another, their base
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch._C._set_grad_enabled and self.X is not None:
+            return None  # under no_grad a value would lose its mark of depending on X
         if self.one_hot is not None and func is F.embedding and args[1] is self.one_hot:
             self.one_hot = None  # at="inputs": the embedding is one more linear map, of one-hot rows
             rows = self.enter(F.one_hot(args[0], len(args[1])).to(args[1].dtype))
@@ -73,12 +76,12 @@ class Recorder(TorchFunctionMode):
             args, deps = (args[0], args[1].detach(), *args[2:]), deps[:1] if args[0].requires_grad else []
         if not deps and (rule_of(func)[2] or "out" in kwargs):
             self.tape.keep(kwargs.get("out", args[0]))
-        if rule is shape_only and name.startswith("new_") or name.endswith("_like"):
-            deps = [t for t in deps if t is not args[0]]  # of the tensor that it is like, only the shape is read
+        if rule is shape_only and (name.startswith("new_") or name.endswith("_like")):
+            deps = [t for t in deps if not args or t is not args[0]]  # of the first, only the shape is read
             rule = None
         if rule is shape_only and not inplace or not deps:
             return func(*args, **kwargs)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for t in deps:
                 self.check(t)
             if rule is None:
@@ -104,19 +107,25 @@ class Recorder(TorchFunctionMode):
         return x
 
     def tag(self, t: Tensor, tag: Tag) -> Tensor:
-        tag.version, t._tag = t._version, tag
+        tag.version, tag.recorder, t._tag = t._version, self, tag
+        if tag.base is not None:
+            self.based[t] = True
         return t
 
     def check(self, t: Tensor) -> None:
         """Refuse what came to depend on X unseen: by foreign code, a write through a view, or round the boundary."""
-        if dependent(t) and (t._tag.taught or not isinstance(t.grad_fn, torch.autograd.function.BackwardCFunction)):
-            if t._tag.version != t._version and t.untyped_storage().data_ptr() in self.bent:
+        tag = t._tag if dependent(t) and t._tag.recorder is self else None
+        if tag is not None and (tag.taught or not foreign(t)):
+            form, version = tag.settled or (None, 0)
+            if form is not None and form._version != version:
+                self.refuse("a view of a nonlinear value was written to, which the value itself does not show")
+            if tag.version != t._version and t.untyped_storage().data_ptr() in self.bent:
                 self.refuse("a value was made nonlinear in place through a view, which a replay cannot follow")
             return
         found, functions = ancestry(t)
         if not any(x is self.X for x in found):
-            self.refuse("a value from before the boundary `at` is used behind it, carried round the hidden state, so "
-                        "what follows is no function of X alone; linearize from at='tokens'")  # fmt: skip
+            self.refuse("a value that is no function of X requires grad: one from before the boundary `at`, carried "
+                        "round the hidden state (then linearize from at='tokens'), or a bare function's weight (detach it)")
         how = f"the autograd.Function {functions[0]}" if functions else "a write into a view of a constant"
         self.refuse(f"a value depends on X through {how}, which interception cannot see")
 
@@ -130,15 +139,21 @@ class Recorder(TorchFunctionMode):
             x._tag.form = functools.cache(lambda: self.force(x, self.options["activation"]))
         if x._tag.form is None:
             self.refuse(x._tag.origin or "a statistic of X is used outside a norm")
-        return x._tag.form()
+        form = x._tag.form()
+        x._tag.settled = x._tag.settled or (form, form._version)
+        return form
 
     def record(self, fn, args, kwargs=None, addends=(), **tag):
         """Run ``fn``, affine in the values that depend on X, and write it to the tape."""
         args, kwargs = map_leaves(self.settled, args), map_leaves(self.settled, kwargs) if kwargs else {}
+        if self.X is not None and torch.is_autocast_enabled(self.X.device.type):
+            fn = torch.autocast(self.X.device.type, torch.get_autocast_dtype(self.X.device.type))(fn)
         out = fn(*args, **kwargs)
         if any(out is x for x in args):
             return out
         if isinstance(out, Tensor) and not out.requires_grad:  # a cast to integers
+            if out.is_floating_point() or out.is_complex():
+                self.refuse(f"{title(fn)} gives a value that autograd does not follow")
             self.cuts.append(Cut(self.module(), title(fn), "choice"))
             return out
         index = self.tape.append(fn, map_leaves(to_ref, args), map_leaves(to_ref, kwargs), addends)
@@ -188,7 +203,7 @@ class Recorder(TorchFunctionMode):
         else:
             out = call.run()
             if affine and isinstance(out, Tensor) and all(t.ref or t.form or t.kind == "pending" for t in tags):
-                form = functools.cache(lambda: settled_linear(self, call))
+                form = functools.cache(call.unless_overwritten(lambda: settled_linear(self, call)))
         origin = origin or next((t.origin for t in tags if t.origin), "")
         for t in leaves(out):
             if isinstance(t, Tensor) and t.requires_grad:
@@ -205,6 +220,7 @@ class Recorder(TorchFunctionMode):
         """An in-place operation is its functional form, then a copy into the target, whose views see it."""
         if dependent(result) and result._tag.kind == "pending":
             result = self.settled(result)
+        self.keep_bases(target)
         before = target._tag.ref if dependent(target) else None
         if before is None:  # so far the target was a constant, or had no affine form
             before = Ref(self.tape.append(torch.clone, (target.detach().clone(),), {}, (0,)))
@@ -217,6 +233,16 @@ class Recorder(TorchFunctionMode):
         source = new.ref if dependent(result) else result.clone()
         index = self.tape.append(Tensor.copy_, (before, source), {}, (1,), True)
         return self.tag(target, Tag(new.kind, Ref(index), new.gate))
+
+    def keep_bases(self, target: Tensor) -> None:
+        """``target`` is about to be written to: what is known as a function φ(z) of it goes on with a copy of z."""
+        at, copies = target.untyped_storage().data_ptr(), {}
+        for t in list(self.based):
+            base = t._tag.base
+            if base is not None and base._tag.ref is not None and base.untyped_storage().data_ptr() == at:
+                if id(base) not in copies:
+                    copies[id(base)] = self.record(torch.clone, (base,), gate=base._tag.gate)
+                t._tag.base = copies[id(base)]
 
     # -- what errors and cuts say
 
@@ -235,6 +261,11 @@ class Recorder(TorchFunctionMode):
             f"{what} (in {self.module()}). Nothing is guessed: teach it by register_rule(function_or_module_class, "
             "rule), the rule being linear, elementwise, softmax, choice or your own function of (recorder, call)"
         )
+
+
+def foreign(t: Tensor) -> bool:
+    """Whether an autograd.Function made it: its backward is its author's, not that of what interception saw."""
+    return isinstance(t.grad_fn, torch.autograd.function.BackwardCFunction)
 
 
 def ancestry(t: Tensor) -> tuple[list[Tensor], list[str]]:
@@ -271,7 +302,8 @@ def linearize(model: nn.Module, inputs, at="tokens", to=None, *, attention="froz
     budget_gb   the largest tensor that ``slice`` and ``dense`` may form
 
     All tangent is the Jacobian: T = J, B = F(X) − J·X. The model is in eval mode meanwhile, and left as it was. Raises
-    ``UnsupportedOperation`` where no rule makes an operation linear: an operator that is returned is exact.
+    ``UnsupportedOperation`` where no rule makes an operation linear; how exact the rest is, ``T.certificate()`` tells.
+    Out of sight is only what bypasses both torch's functions and its autograd, such as a compiled extension.
 
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -300,7 +332,7 @@ def linearize_function(fn: Callable[[Tensor], Tensor], x: Tensor, *, attention="
     """
     options = {"attention": attention, "norm": norm, "activation": activation, "gate": gate}
     model = fn if isinstance(fn, nn.Module) else nn.Module()
-    return _operator(lambda rec: fn(rec.enter(x) if rec else x), model, options, budget_gb)
+    return _operator(lambda rec: fn(rec.enter(x) if rec else x.clone()), model, options, budget_gb)
 
 
 def _operator(run: Callable, model: nn.Module, options: dict, budget_gb: float, mask=None) -> AttentionTensor:
@@ -337,6 +369,9 @@ def untouched(model: nn.Module):
             p.requires_grad_(False)
         yield
     finally:
+        for b in model.buffers():
+            if dependent(b):  # a cache that took in X
+                del b.detach_()._tag
         for m, flag in training.items():
             m.training = flag
         for p, flag in grads.items():
@@ -364,7 +399,7 @@ def module_rules(model: nn.Module, rec: Recorder):
 
     def check(module, args, out):  # foreign code is found where it was called
         for t in leaves(out) if rec.X is not None and not rec.paused else ():
-            if isinstance(t, Tensor) and t.requires_grad:
+            if isinstance(t, Tensor) and (dependent(t) or foreign(t)):
                 rec.check(t)
 
     with ExitStack() as stack:
@@ -384,7 +419,7 @@ def _forward(model: nn.Module, inputs: dict, at, to, rec: Recorder | None) -> Te
     """Run the model, X entering at ``at``, up to ``to``: (N, M, D'). Without a recorder, it is the model's own forward.
     """
     enter = rec.enter if rec else lambda x: x
-    kwargs = {k: v.detach() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in inputs.items()}
+    kwargs = {k: v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in inputs.items()}
     main = next((k for k in ("", "inputs_embeds", "pixel_values", "input_ids") if k in kwargs), next(iter(kwargs)))
     pixels, floating = main == "pixel_values", kwargs[main].is_floating_point()
     at, to = (0 if b == "embeddings" else b for b in (at, to))
@@ -410,7 +445,7 @@ def _forward(model: nn.Module, inputs: dict, at, to, rec: Recorder | None) -> Te
         elif rec and floating and not pixels:  # what gets past the boundary must be noticed: see Recorder.check
             kwargs[main].requires_grad_()
         elif rec and hasattr(model, "get_input_embeddings"):
-            stack.callback(hook(token_embedding(model), lambda out: out.detach().requires_grad_()))
+            stack.callback(hook(token_embedding(model), lambda out: out.detach().requires_grad_().clone()))
         if boundaries:
             _watch(model, stack, at, to, enter)
         if to == "last_hidden_state" and getattr(model, "base_model", model) is not model:

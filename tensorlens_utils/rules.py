@@ -19,7 +19,7 @@ written with, its operations are torch's.
 
 A value that depends on X is one that requires grad, so autograd keeps the books through views, in-place writes and
 foreign code, and one backward pass through the recorded graph is Uᵀ·T. Beside it each call goes to a *tape*
-(tensor.py), whose replay at another V is the frozen network's own forward.
+(tape.py), whose replay at another V is the frozen network's own forward.
 
 x² opens a norm, a handwritten GELU and a squared ReLU, so nothing is decided before it must be. A value is
 
@@ -44,6 +44,10 @@ from .tape import Ref, leaves, map_leaves
 TILE = 2**22  # entries of an attention pattern above which it is recomputed, by rows of queries, instead of kept
 
 
+class UnsupportedOperation(RuntimeError):
+    """A value that depends on X met an operation that no rule makes linear."""
+
+
 @dataclass(slots=True)
 class Tag:
     """What the recorder knows of one tensor that depends on X."""
@@ -58,6 +62,8 @@ class Tag:
     summed: "Tag | None" = None  # what this is the sum of: exp(S) / sum(exp(S)) is a softmax
     taught: bool = False  # a registered rule vouches for the foreign code that made it
     version: int = 0
+    recorder: object = None  # whose: a model may carry a value from one run into the next
+    settled: tuple | None = None  # the affine form that was made, and its version then
 
 
 def dependent(x) -> bool:
@@ -88,6 +94,19 @@ class Call:
     def hold(self, old: Tensor, new: Tensor) -> "Call":
         return self.mapped(lambda t: new if t is old else t)
 
+    def unless_overwritten(self, f: Callable) -> Callable:
+        """``f``, which will read the call's constants later, guarded against their being written to meanwhile."""
+        constants = [x for x in leaves((self.args, self.kwargs)) if isinstance(x, Tensor) and not dependent(x)]
+        seen = [(x, x._version) for x in constants if not x.is_inference()]
+
+        def checked(*z):
+            if any(x._version != v for x, v in seen):
+                raise UnsupportedOperation(f"{title(self.func)} read a constant that was overwritten before its result "
+                                           "was used; give the model a copy to write to")  # fmt: skip
+            return f(*z)
+
+        return checked
+
     def bind(self, **defaults) -> dict:
         """The arguments by name, given the names in order with their defaults."""
         return {**defaults, **dict(zip(defaults, self.args, strict=False)), **self.kwargs}
@@ -116,7 +135,7 @@ def linear(rec, call: Call):
     kinds = {t._tag.kind for t in call.deps}
     if "scores" in kinds:
         return rec.carry(call, "scores", affine=True)
-    if kinds & {"stat", "scale"} and "linear" not in kinds:
+    if kinds & {"stat", "scale"} and "linear" not in kinds and call.name not in PRODUCTS:
         return rec.carry(call, "scale" if "scale" in kinds else "stat", affine=True)
     return settled_linear(rec, call)
 
@@ -140,8 +159,9 @@ def pointwise(rec, call: Call):
     scalars = not any(isinstance(x, Tensor) and x.dim() for x in call.args[1:])
     fn = compose(call) if scalars and call.name in HOMOGENEOUS and len(call.deps) == 1 and base is not None else None
     out = linear(rec, call)
-    if fn is not None and out is not base:
+    if fn is not None and out is not base and dependent(out):
         out._tag.base, out._tag.fn = base, fn
+        rec.based[out] = True
     return out
 
 
@@ -153,7 +173,7 @@ def common_base(deps: list[Tensor]) -> Tensor | None:
 
 def compose(call: Call) -> Callable:
     inner = {id(t): None if base_of(t) is t else t._tag.fn for t in call.deps}
-    return lambda z: call.run(lambda t: inner[id(t)](z) if inner[id(t)] else z)
+    return call.unless_overwritten(lambda z: call.run(lambda t: inner[id(t)](z) if inner[id(t)] else z))
 
 
 def two_factors(rec, call: Call) -> str:
@@ -174,6 +194,9 @@ def elementwise(rec, call: Call):
     base, out = common_base(call.deps), call.run()
     if base is None or out.shape != base.shape:
         rec.refuse(f"{title(call.func)} is nonlinear, and mixes or broadcasts values that depend on X")
+    if not out.requires_grad:  # a cast to integers
+        rec.constant(call.deps[0], "choice", call.name)
+        return out
     return rec.tag(out, Tag("pending", gate=True, base=base, fn=compose(call)))
 
 
@@ -240,8 +263,10 @@ def hold(rec, call: Call, factor: Tensor, option: str):
 def quotient(rec, call: Call):
     """a/b: the denominator is constant at X, as a norm's scale is; exp(S)/sum(exp(S)) is a softmax."""
     a, b = [*call.args, *call.kwargs.values()][:2]
+    if call.kwargs.get("rounding_mode"):
+        return elementwise(rec, call)
     if not dependent(b):
-        return elementwise(rec, call) if call.kwargs.get("rounding_mode") else pointwise(rec, call)
+        return pointwise(rec, call)
     if not dependent(a) or common_base(call.deps) is not None:
         return elementwise(rec, call)
     if a._tag.kind == "scores":
@@ -285,6 +310,8 @@ def norm(rec, call: Call):
     centre = call.name == "layer_norm"
     more = {"bias": None, "eps": 1e-5} if centre else {"eps": None}
     a = call.bind(input=None, normalized_shape=(), weight=None, **more)
+    if dependent(a["weight"]):
+        rec.refuse(f"{title(call.func)} with a weight that depends on X")
     x, dims = rec.settled(a["input"]), tuple(range(-len(a["normalized_shape"]), 0))
     with torch.no_grad():
         at = rec.constant(x, "norm", call.name)
@@ -362,7 +389,7 @@ def choice(rec, call: Call):
     out = call.run(lambda t: rec.constant(t, "choice", call.name))
     if isinstance(out, Tensor) and not out.is_floating_point():
         return out
-    a = call.bind(**dict.fromkeys(("input", "k", "dim") if call.name == "topk" else ("input", "dim")))
+    a = call.bind(**dict.fromkeys(("input", "k", "dim") if call.name in ("topk", "kthvalue") else ("input", "dim")))
     x, dim, keep = a["input"], a["dim"], isinstance(out, Tensor) or out[1].dim() == a["input"].dim()
     if isinstance(dim, Tensor):  # torch.max(a, b)
         return larger(rec, call)
@@ -428,13 +455,15 @@ def _each(value, names: str) -> dict:
 
 # Which arguments of an affine operation are added and not multiplied: T·V is the replay without them.
 ADDENDS = {
-    **_each((0, 1, "other"), "add sub subtract rsub"),
+    **_each((0, 1, "input", "other"), "add sub subtract rsub"),
     **_each((0, "tensors"), "cat concat concatenate stack hstack vstack"),
     **_each((2, "bias"), "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d"),
     **_each((0, "input"), "addmm addmv addbmm baddbmm"),
     **_each((1, 2, "input", "other"), "where"),
-    **_each((0, 2, "value", "values", "source"), "masked_fill masked_scatter setitem index_put"),
-    **_each((0, 3, "src", "source", "value"), "scatter scatter_add index_add index_copy index_fill slice_scatter"),
+    **_each((0, 2, "input", "value", "values", "source"), "masked_fill masked_scatter setitem index_put"),
+    **_each((0, 3, "input", "src", "source", "value"), "scatter scatter_add index_add index_copy index_fill"),
+    **_each((0, 1, "input", "src"), "slice_scatter"),
+    **_each((3, 4, "prepend", "append"), "diff"),
     **_each((0, 1), "copy"),
     **_each((3, "value"), "pad"),
     **_each((2, 3, "bias", "running_mean"), "batch_norm"),
@@ -484,13 +513,16 @@ RULES = {
         choice,
         "topk sort argsort argmax argmin max min amax amin median kthvalue gt ge lt le eq ne greater greater_equal "
         "less less_equal not_equal isnan isinf isfinite nonzero any all logical_not bool int long isclose allclose "
-        "equal bucketize searchsorted signbit __bool__ count_nonzero",
+        "equal bucketize searchsorted is_nonzero signbit __bool__ count_nonzero",
     ),
     **_each(larger, "maximum minimum fmax fmin"),
-    **_each(out_of_sight, "item tolist numpy detach data __float__ __int__ __index__ __array__ __complex__ data_ptr"),
+    **_each(
+        out_of_sight,
+        "item tolist numpy detach data register_hook __float__ __int__ __index__ __array__ __complex__ data_ptr",
+    ),
     **_each(
         shape_only,
-        "size dim numel nelement ndimension stride storage_offset get_device element_size result_type register_hook "
+        "size dim numel nelement ndimension stride storage_offset get_device element_size result_type "
         "zero fill untyped_storage _nested_tensor_from_mask_left_aligned __len__ __hash__ __repr__ __format__",
     ),
     "__iter__": composite,
@@ -539,7 +571,7 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
         return REGISTERED[func], name, inplace
     if isinstance(func, types.FunctionType) and not (func.__module__ or "").startswith("torch"):
         return None, name, inplace
-    if name.startswith(("is_", "new_")) or name.endswith("_like"):
+    if name not in RULES and (name.startswith(("is_", "new_")) or name.endswith("_like")):
         return shape_only, name, inplace
     if isinstance(func, types.FunctionType) and ("inplace" in func.__code__.co_varnames or name not in RULES
                                                 or func is F.batch_norm):  # fmt: skip

@@ -121,7 +121,7 @@ class AttentionTensor:
                 f"{name} must have the shape {tuple(shape)}, not {tuple(V.shape)}; T has (outputs) x (inputs) "
                 f"{tuple(self._Y.shape)} x {tuple(self._X.shape[1:])}"
             )
-        return V.to(self._X if name == "V" else self._Y)
+        return torch.empty_like(self._X).copy_(V) if name == "V" else V.to(self._Y)
 
     def __matmul__(self, V: Tensor) -> Tensor:
         return self.matvec(V)
@@ -145,12 +145,14 @@ class AttentionTensor:
     def slice(self, position: int | Tensor = -1) -> Tensor:
         """T[:, position] (N, D', L, D), exact: D' cotangents, in chunks.
 
-        ``position``: an int for all inputs or an (N,) tensor; −1 is each input's last unmasked token.
+        ``position``: an int for all inputs, −1 being each input's last unmasked token; or an (N,) tensor, which counts
+        masked positions too.
         """
         N, M = self._Y.shape[:2]
         at = torch.as_tensor(position, device=self._Y.device)
-        if at.dim() == 0 and at == -1 and self.mask is not None and self.mask.shape == (N, M):
-            at = (self.mask * torch.arange(1, M + 1, device=self.mask.device)).argmax(1).to(self._Y.device)
+        mask = self.mask
+        if at.dim() == 0 and at == -1 and mask is not None and mask.dim() == 2 and mask.shape[1] >= M > 1:
+            at = (mask[:, -M:] * torch.arange(1, M + 1, device=mask.device)).argmax(1).to(self._Y.device)
         at = at.expand(N) if at.dim() == 0 else at
         if at.shape != (N,) or at.is_floating_point() or at.min() < -M or at.max() >= M:
             raise ValueError(f"position must be an int or ({N},) ints in [-{M}, {M}), the outputs, not {position}")
@@ -165,8 +167,19 @@ class AttentionTensor:
             out[k] = self._pull(rows, U[:, None].expand(-1, N, -1), batched=True)
         return out.transpose(0, 1)
 
+    @functools.cached_property
+    def _separate(self) -> bool:
+        """Whether each output depends on its own input alone: one backward pass from the outputs of the first."""
+        U = torch.zeros_like(self.output)
+        U[0] = torch.randn(U[0].shape, generator=torch.Generator().manual_seed(0)).to(U)
+        if len(U) > 1 and len(self._X) == len(U) and self.rmatvec(U)[1:].any():
+            raise ValueError("the inputs of the batch mix, so T is not one operator for each: put the batch axis first "
+                             "(batch_first=True), or linearise one input at a time")  # fmt: skip
+        return True
+
     def _units(self, R: int):
         """The unit cotangents e_1..e_R in chunks: (their numbers k, their rows (K, R))."""
+        assert self._separate
         for k in torch.arange(R, device=self._Y.device).split(self.chunk):
             yield k, self._Y.new_zeros((len(k), R)).scatter_(1, k[:, None], 1)
 
@@ -233,7 +246,7 @@ class AttentionTensor:
         Matrix-free: Lanczos (ARPACK) on ``to_scipy``. Signs make each V's largest entry positive; deterministic given
         ``seed``.
         """
-        op = self.to_scipy(n)
+        op, _ = self.to_scipy(n), self._separate
         if not 1 <= k < min(op.shape):
             raise ValueError(f"k must be in [1, {min(op.shape) - 1}] for an unfolding {op.shape}, not {k}; use dense()")
         u, s, vt = svds(op, k, v0=np.random.default_rng(seed).standard_normal(min(op.shape)))
@@ -267,7 +280,8 @@ class AttentionTensor:
             move = self.replay(V).double() - zero
             left, right = (U.double() * move).flatten(1).sum(1), (UT * V.double()).flatten(1).sum(1)
             scale = U.double().flatten(1).norm(dim=1) * (move.flatten(1).norm(dim=1) + zero.flatten(1).norm(dim=1))
-            return float(((left - right).abs() / scale.clamp_min(1e-300)).max())
+            gap = (self.matvec(V).double() - move).norm() / (move.norm() + zero.norm()).clamp_min(1e-300)
+            return max(float(gap), float(((left - right).abs() / scale.clamp_min(1e-300)).max()))
 
         F = self._forward().double()
         ours = (self.output.double(), self.replay(self.input).double())  # as recorded, and as replayed

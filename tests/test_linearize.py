@@ -995,3 +995,105 @@ def test_a_real_bias_free_model_is_its_operator(shared_data):
     U = torch.randn(4, *logits.shape, generator=torch.Generator().manual_seed(0))
     pulled = (T.rmatvec(U) * T.input).flatten(1).sum(1)
     assert ((pulled - (U * logits).flatten(1).sum(1)).abs() <= 1e-5 * U.flatten(1).norm(dim=1) * logits.norm()).all()
+
+
+# ----------------------------------------------------------------------------------- values that are overwritten later
+
+
+def _add_after_sigmoid(x, inplace):
+    h = x @ W
+    g = torch.sigmoid(h)
+    h = h.add_(1) if inplace else h + 1
+    return g @ W.T + h
+
+
+def _gelu_then_masked(x, inplace):
+    h = x @ W
+    a = F.gelu(h)
+    if inplace:
+        h[:, 0] = 0
+    else:
+        h = torch.cat([torch.zeros_like(h[:, :1]), h[:, 1:]], 1)
+    return h + a
+
+
+def _multiple_then_shift(x, inplace):
+    h = x @ W
+    s = h * 0.5
+    h = h.add_(2) if inplace else h + 2
+    return torch.sigmoid(s) @ W + h
+
+
+@pytest.mark.parametrize("rules", [{}, TANGENT], ids=["frozen", "tangent"])
+@pytest.mark.parametrize("f", [_add_after_sigmoid, _gelu_then_masked, _multiple_then_shift])
+def test_writing_over_a_value_leaves_what_was_made_of_it(f, rules):
+    ours, twin = operator(lambda x: f(x, True), **rules), operator(lambda x: f(x, False), **rules)
+    close(ours.dense(), twin.dense())
+    close(ours.bias, twin.bias)
+
+
+def test_a_constant_that_a_pending_value_has_read_may_not_change():
+    def f(x):
+        c = torch.ones(D, dtype=x.dtype)
+        p = torch.sigmoid(x @ W) + c
+        c.mul_(7)
+        return p @ W
+
+    with pytest.raises(UnsupportedOperation, match="overwritten"):
+        linearize_function(f, X)
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, c: torch.add(input=c, other=x),
+    lambda x, c: torch.slice_scatter(x, c[:, :1], dim=1, start=0, end=1),
+    lambda x, c: torch.diff(x, dim=1, prepend=c[:, :1]),
+], ids=["add by keyword", "slice_scatter", "diff"])  # fmt: skip
+def test_what_is_added_stays_out_of_t_v_however_it_is_passed(f):
+    c = noise(*X.shape, seed=3)
+    T = operator(lambda x: f(x, c))
+    close(T @ X + T.bias, f(X, c))
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_no_grad_inside_the_model_cuts_nothing(quiet):
+    def f(x):
+        with quiet():
+            y = torch.relu(x @ W)
+        return x + y
+
+    close(operator(f).dense(), jacobian(lambda x: x + torch.relu(x @ W), X))
+
+
+def test_inputs_that_mix_across_the_batch_are_refused_where_t_would_be_wrong():
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 8).double()  # not batch_first: axis 0 is the sequence
+    T = linearize_function(layer, noise(3, 2, 4, seed=5))
+    with pytest.raises(ValueError, match="batch_first"):
+        T.slice(0)
+    with pytest.raises(ValueError, match="mix"):
+        T.norm()
+
+
+def test_the_strides_of_v_do_not_matter():
+    def f(x):
+        y = x * 1
+        y.flatten(1)[:, 3:].mul_(2)
+        return y
+
+    T, V = operator(f), noise(N, D, L, seed=8).mT
+    close(T @ V, T @ V.contiguous())
+
+
+def test_a_model_that_keeps_x_in_a_buffer_is_left_clean():
+    class Cache(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("k", torch.zeros(N, L, D, dtype=X.dtype))
+
+        def forward(self, x):
+            self.k[:, :L] = x @ W
+            return self.k * 2
+
+    model = Cache()
+    first = linearize_function(model, X)
+    assert not model.k.requires_grad
+    close(linearize_function(model, X).dense(), first.dense())
