@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
         found, functions = ancestry(t)
         if not any(x is self.X for x in found):
             self.refuse("a value that is no function of X requires grad: one from before the boundary `at`, carried "
-                        "round the hidden state (then linearize from at='tokens'), or a bare function's weight (detach it)")
+                        "round the hidden state (linearize from at='tokens'), or a bare function's weight (detach it)")
         how = f"the autograd.Function {functions[0]}" if functions else "a write into a view of a constant"
         self.refuse(f"a value depends on X through {how}, which interception cannot see")
 
@@ -181,6 +181,8 @@ class Recorder(TorchFunctionMode):
             xs = tuple(x.masked_fill(x.abs() > torch.finfo(x.dtype).max / 8, 0).contiguous() for x in xs)
             return c + torch.func.jvp(f, at, xs)[1]
 
+        if torch.is_autocast_enabled(self.X.device.type):
+            self.refuse("a derivative under autocast cannot be replayed; call the model in one precision")
         y = call.run()
         c = y.detach() - affine(0, *at)
         index = self.tape.append(affine, (c, *map(to_ref, deps.values())), {}, (0,))

@@ -42,10 +42,6 @@ def test_running_digit_is_held_out_and_read_with_confidence():
     model, processor = load_model("tiny-vit")
     with torch.no_grad():
         odds = model(**processor(digit["image"], return_tensors="pt")).logits.softmax(-1)[0]
-        for name in ("tiny-preln", "tiny-postln"):
-            reader, tokenizer = load_model(name)
-            text = tokenizer(digit_text(digit["image"]), return_tensors="pt")
-            assert reader(**text).logits.argmax() == digit["label"]
     assert odds.argmax() == digit["label"] and odds.max() > 0.99
 
 
