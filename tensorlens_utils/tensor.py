@@ -138,8 +138,8 @@ class AttentionTensor:
 
     @property
     def chunk(self) -> int:
-        """Cotangents that go back together: as many as keep the largest value of the network under 64 MB."""
-        return max(1, int(64e6 / max(1, self._tape.widest)))
+        """Cotangents that go back together: as many as keep the largest value of the network near the cache, 16 MB."""
+        return max(1, int(16e6 / max(1, self._tape.widest)))
 
     @torch.enable_grad()
     def slice(self, position: int | Tensor = -1) -> Tensor:
