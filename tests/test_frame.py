@@ -189,3 +189,10 @@ def test_the_readme_links_to_what_is_there():
     assert not [t for t in local if not (ROOT / t).exists()]
     families = re.search(r"<!-- families -->(.*?)<!-- /families -->", README, re.S)
     assert families and "|" in families[1], "the table of families is generated between its markers"
+
+
+def test_the_readmes_code_runs_as_it_stands():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), {})  # its assert is the claim of the first screen
