@@ -8,7 +8,8 @@ _HOMES = {
     "data": ("load_data",),
     "models": ("load_model", "zoo"),
     "rules": ("register_rule",),
-    "linearize": ("linearize", "linearize_function", "UnsupportedOperation"),
+    "values": ("UnsupportedOperation",),
+    "linearize": ("linearize", "linearize_function"),
     "tensor": ("AttentionTensor",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}

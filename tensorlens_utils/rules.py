@@ -1,4 +1,4 @@
-"""How each torch operation becomes linear at a fixed input X: the rules, and the table of them.
+"""How each torch operation becomes linear at a fixed input X: one short rule per operation, with its equation.
 
 While the model runs once at X, torch's own functions are intercepted (``torch.overrides.TorchFunctionMode``) and each
 call on a value that depends on X meets one rule. No model class is copied, patched or subclassed: whatever a model is
@@ -17,121 +17,80 @@ written with, its operations are torch's.
     composite torch functions                  run with the interception re-entered      composite
     anything else                              an error that says how to add a rule
 
-A value that depends on X is one that requires grad, so autograd keeps the books through views, in-place writes and
-foreign code, and one backward pass through the recorded graph is Uᵀ·T. Beside it each call goes to a *tape*
-(tape.py), whose replay at another V is the frozen network's own forward.
-
-x² opens a norm, a handwritten GELU and a squared ReLU, so nothing is decided before it must be. A value is
-
-    linear    affine in X: it has a place on the tape
-    pending   φ(z), elementwise in one linear z; becomes φ(0) + z⊙r once a linear map wants it
-    stat      a statistic such as mean(x²), to be settled by what it turns into
-    scale     a statistic that was rooted or inverted: where it multiplies or divides, a norm
-    scores    any other product of two values that depend on X, such as q·kᵀ: only a softmax may swallow it
+A rule is a function of the recorder (recorder.py) and the call (values.py, with the kinds of value: linear, pending,
+stat, scale, scores) that returns the output; above it stand the names of the torch functions and methods it is for.
 """
 
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tape import Ref, leaves, map_leaves
+from .tape import leaves, map_leaves
+from .values import Call, Tag, common_base, dependent, title
 
 TILE = 2**22  # entries of an attention pattern above which it is recomputed, by rows of queries, instead of kept
+RULES: dict[str, Callable] = {}
 
 
-class UnsupportedOperation(RuntimeError):
-    """A value that depends on X met an operation that no rule makes linear."""
+def rule(names: str) -> Callable:
+    """Enter a rule in the table for the torch functions and methods of these names, in place or not."""
+
+    def enter(f: Callable) -> Callable:
+        RULES.update(dict.fromkeys(names.split(), f))
+        return f
+
+    return enter
 
 
-@dataclass(slots=True)
-class Tag:
-    """What the recorder knows of one tensor that depends on X."""
-
-    kind: str
-    ref: Ref | None = None  # its place on the tape, if it has an affine form
-    gate: bool = False  # it has passed a nonlinearity since its last matrix product
-    base: Tensor | None = None  # it is the elementwise function ``fn`` of this linear tensor (None: of itself)
-    fn: Callable | None = None
-    form: Callable | None = None  # makes the affine form of a pending value or a statistic, should one be wanted
-    origin: str = ""  # where it stopped being affine, for the error
-    summed: "Tag | None" = None  # what this is the sum of: exp(S) / sum(exp(S)) is a softmax
-    taught: bool = False  # a registered rule vouches for the foreign code that made it
-    version: int = 0
-    recorder: object = None  # whose: a model may carry a value from one run into the next
-    settled: tuple | None = None  # the affine form that was made, and its version then
+def _addends(signature: str) -> tuple:
+    """Positions and names of a signature's starred arguments."""
+    starred = [(i, s[1:].split("|")) for i, s in enumerate(signature.split()) if s[0] == "*"]
+    return (*(i for i, _ in starred), *(name for _, names in starred for name in names))
 
 
-def dependent(x) -> bool:
-    """Whether x is a tensor that depends on X: it carries a tag."""
-    return isinstance(x, Tensor) and hasattr(x, "_tag")
-
-
-@dataclass(slots=True)
-class Call:
-    """One intercepted call; ``deps`` are its tensors that depend on X."""
-
-    func: Callable
-    name: str
-    args: tuple
-    kwargs: dict
-    deps: list[Tensor]
-
-    def run(self, f=lambda t: t):
-        """The call itself, with ``f`` on each tensor that depends on X."""
-        args, kwargs = map_leaves(lambda x: f(x) if dependent(x) else x, (self.args, self.kwargs))
-        return self.func(*args, **kwargs)
-
-    def mapped(self, f) -> "Call":
-        """The call with ``f`` on each tensor that depends on X."""
-        args, kwargs = map_leaves(lambda x: f(x) if dependent(x) else x, (self.args, self.kwargs))
-        return replace(self, args=args, kwargs=kwargs, deps=[t for t in leaves((args, kwargs)) if dependent(t)])
-
-    def hold(self, old: Tensor, new: Tensor) -> "Call":
-        return self.mapped(lambda t: new if t is old else t)
-
-    def unless_overwritten(self, f: Callable) -> Callable:
-        """``f``, which will read the call's constants later, guarded against their being written to meanwhile."""
-        constants = [x for x in leaves((self.args, self.kwargs)) if isinstance(x, Tensor) and not dependent(x)]
-        seen = [(x, x._version) for x in constants if not x.is_inference()]
-
-        def checked(*z):
-            if any(x._version != v for x, v in seen):
-                raise UnsupportedOperation(f"{title(self.func)} read a constant that was overwritten before its result "
-                                           "was used; give the model a copy to write to")  # fmt: skip
-            return f(*z)
-
-        return checked
-
-    def bind(self, **defaults) -> dict:
-        """The arguments by name, given the names in order with their defaults."""
-        return {**defaults, **dict(zip(defaults, self.args, strict=False)), **self.kwargs}
-
-
-def to_ref(x):
-    return x._tag.ref if dependent(x) else x
-
-
-def base_of(t: Tensor) -> Tensor:
-    """What t is an elementwise function of: itself, too, once it was written to through a view."""
-    return t if t._tag.base is None or t._tag.version != t._version else t._tag.base
-
-
-def title(func) -> str:
-    func = func.__self__ if func.__name__ == "__get__" else func
-    owner = getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", "torch")
-    return f"{owner}.{func.__name__}".replace("torch._C._", "torch.").replace("TensorBase", "torch.Tensor")
+# Which arguments (*) of an affine operation are added and not multiplied: T·V is the replay without them.
+ADDENDS = {name: _addends(signature) for signature, names in {
+    "*input *other": "add sub subtract rsub",
+    "*tensors": "cat concat concatenate stack hstack vstack",
+    "input weight *bias": "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d",
+    "*input a b": "addmm addmv addbmm baddbmm",
+    "condition *input *other": "where",
+    "*input mask *value|source": "masked_fill masked_scatter",
+    "*input index *value|values": "setitem index_put",
+    "*input dim index *src|source|value": "scatter scatter_add index_add index_copy index_fill",
+    "*input *src": "slice_scatter copy",
+    "input n dim *prepend *append": "diff",
+    "input pad mode *value": "pad",
+    "input weight *bias *running_mean": "batch_norm",
+}.items() for name in names.split()}  # fmt: skip
+# Matrix products: what comes out of one has passed no nonlinearity since.
+PRODUCTS = set(
+    "matmul mm bmm mv dot inner outer tensordot einsum linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+    "addmm addmv addbmm baddbmm grouped_mm _grouped_mm transformers::grouped_mm_fallback".split()
+)
+SCALINGS = set("mul multiply div divide true_divide neg negative to float double half bfloat16 type type_as".split())
+ROOTS = set("rsqrt sqrt reciprocal pow float_power div divide true_divide".split())
 
 
 # ---------------------------------------------------------------------------------------------------- linear maps
 
 
+@rule(
+    " ".join((*ADDENDS, *PRODUCTS)) + " view reshape flatten unflatten transpose permute t T mT swapaxes swapdims "
+    "movedim moveaxis squeeze unsqueeze ravel expand broadcast_to clone contiguous getitem narrow select split "
+    "split_with_sizes tensor_split chunk unbind unfold as_strided gather index_select take take_along_dim "
+    "masked_select diagonal diag diag_embed tril triu flip roll rot90 repeat repeat_interleave tile cumsum trace "
+    "avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d "
+    "upsample_bicubic2d fold col2im im2col pixel_shuffle pixel_unshuffle view_as_real view_as_complex real imag "
+    "conj resolve_conj"
+)
 def linear(rec, call: Call):
-    """Linear maps, sums, reshapes, indexing: themselves. What is not settled yet stays so."""
+    """L(x) + b: itself. What is not settled yet stays so."""
     kinds = {t._tag.kind for t in call.deps}
     if "scores" in kinds:
         return rec.carry(call, "scores", affine=True)
@@ -141,9 +100,10 @@ def linear(rec, call: Call):
 
 
 def settled_linear(rec, call: Call):
+    """L(x) + b on the tape; a product of two values that depend on X, such as q·kᵀ, are scores."""
     addends = ADDENDS.get(call.name, ())
     factors = [x for key, x in (*enumerate(call.args), *call.kwargs.items()) if key not in addends]
-    if sum(map(dependent, leaves(factors))) > 1:  # q·kᵀ
+    if sum(map(dependent, leaves(factors))) > 1:
         return rec.carry(call, "scores", affine=False, origin=two_factors(rec, call))
     if call.name in PRODUCTS and not any(map(dependent, leaves(factors))):  # X comes in by what is added alone
         addends = tuple(k for k, x in (*enumerate(call.args), *call.kwargs.items()) if isinstance(x, Tensor))
@@ -151,29 +111,19 @@ def settled_linear(rec, call: Call):
     return rec.record(call.func, call.args, call.kwargs, addends, gate=gate)
 
 
+@rule("add sub subtract rsub where masked_fill neg negative positive float double half bfloat16 type")
 def pointwise(rec, call: Call):
-    """Elementwise and affine: a pending φ(z) stays pending, and c·z knows that it is a multiple of z."""
+    """φ(z) + c stays pending where φ(z) is; and c·z knows that it is a multiple of z."""
     base = common_base(call.deps)
     if base is not None and any(t._tag.kind == "pending" for t in call.deps):
         return elementwise(rec, call)
     scalars = not any(isinstance(x, Tensor) and x.dim() for x in call.args[1:])
-    fn = compose(call) if scalars and call.name in HOMOGENEOUS and len(call.deps) == 1 and base is not None else None
+    fn = call.composed() if scalars and call.name in SCALINGS and len(call.deps) == 1 and base is not None else None
     out = linear(rec, call)
     if fn is not None and out is not base and dependent(out):
         out._tag.base, out._tag.fn = base, fn
         rec.based[out] = True
     return out
-
-
-def common_base(deps: list[Tensor]) -> Tensor | None:
-    """The one linear tensor of which all of ``deps`` are elementwise functions, if there is one."""
-    bases = [base_of(t) if t._tag.kind in ("linear", "pending") else None for t in deps]
-    return bases[0] if all(b is bases[0] for b in bases) else None
-
-
-def compose(call: Call) -> Callable:
-    inner = {id(t): None if base_of(t) is t else t._tag.fn for t in call.deps}
-    return call.unless_overwritten(lambda z: call.run(lambda t: inner[id(t)](z) if inner[id(t)] else z))
 
 
 def two_factors(rec, call: Call) -> str:
@@ -184,8 +134,14 @@ def two_factors(rec, call: Call) -> str:
 # ---------------------------------------------------------------------------------------------------- activations
 
 
+@rule(
+    "relu relu6 gelu silu mish elu celu selu leaky_relu prelu hardtanh hardswish hardsigmoid hardshrink softshrink "
+    "tanhshrink softplus softsign logsigmoid log_sigmoid sigmoid expit tanh erf erfc exp exp2 expm1 log log2 log10 "
+    "log1p sin cos tan atan sinh cosh asinh abs absolute square sqrt rsqrt reciprocal pow float_power clamp clip "
+    "clamp_min clamp_max threshold nan_to_num round floor ceil trunc frac sign sgn logit sinc"
+)
 def elementwise(rec, call: Call):
-    """φ(z): pending, since x·sigmoid(x), or tanh inside a GELU, is only part of an activation."""
+    """φ(z) = φ(0) + z⊙r, r = (φ(z) − φ(0))/z: pending, since tanh inside a GELU is only part of an activation."""
     kinds = {t._tag.kind for t in call.deps}
     if "scores" in kinds:
         return rec.carry(call, "scores", affine=False)
@@ -197,22 +153,7 @@ def elementwise(rec, call: Call):
     if not out.requires_grad:  # a cast to integers
         rec.constant(call.deps[0], "choice", call.name)
         return out
-    return rec.tag(out, Tag("pending", gate=True, base=base, fn=compose(call)))
-
-
-def diagonal(z, r, c):
-    return z * r if c is None else z * r + c
-
-
-def derivative(fn, z):
-    with torch.enable_grad():
-        z = z.clone().requires_grad_()
-        return torch.autograd.grad(fn(z).sum(), z)[0]
-
-
-def slope(fn, z, y):
-    r = derivative(fn, z)
-    return r, y - r * z
+    return rec.tag(out, Tag("pending", gate=True, base=base, fn=call.composed()))
 
 
 def ratio(fn, z, y):
@@ -227,11 +168,28 @@ def ratio(fn, z, y):
     return (torch.where(small, derivative(fn, torch.zeros_like(z)).to(r), r) if small.any() else r), None
 
 
+def slope(fn, z, y):
+    """r = φ′(z), the tangent."""
+    r = derivative(fn, z)
+    return r, y - r * z
+
+
+def derivative(fn, z):
+    with torch.enable_grad():
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(fn(z).sum(), z)[0]
+
+
+def diagonal(z, r, c):
+    return z * r if c is None else z * r + c
+
+
 # ---------------------------------------------------------------------------------------------------- products
 
 
+@rule("mul multiply")
 def product(rec, call: Call):
-    """a·b: a norm where one is a scale, an activation where both are of one z, else the gate rule."""
+    """g·u: a norm where one is a scale, an activation where both are of one z, else the gate is constant at X."""
     if len(call.deps) == 1:
         return pointwise(rec, call)
     a, b = call.deps
@@ -253,21 +211,13 @@ def product(rec, call: Call):
     return halves[0] if how != "split" else rec.record(lambda x, y: (x + y) / 2, tuple(halves))
 
 
-def hold(rec, call: Call, factor: Tensor, option: str):
-    """``call`` with one factor constant at X, or, where the option says tangent, with its own derivative."""
-    if rec.options[option] == "tangent":
-        return rec.tangent(call)
-    return settled_linear(rec, call.hold(factor, rec.constant(factor, option, call.name)))
-
-
+@rule("div divide true_divide")
 def quotient(rec, call: Call):
-    """a/b: the denominator is constant at X, as a norm's scale is; exp(S)/sum(exp(S)) is a softmax."""
-    a, b = [*call.args, *call.kwargs.values()][:2]
-    if call.kwargs.get("rounding_mode"):
-        return elementwise(rec, call)
-    if not dependent(b):
+    """a/b: b is constant at X, as a norm's σ is; exp(S)/sum(exp(S)) is a softmax."""
+    (a, b), rounded = call.operands(), call.kwargs.get("rounding_mode")
+    if not dependent(b) and not rounded:
         return pointwise(rec, call)
-    if not dependent(a) or common_base(call.deps) is not None:
+    if rounded or not dependent(a) or common_base(call.deps) is not None:
         return elementwise(rec, call)
     if a._tag.kind == "scores":
         return softmax(rec, call) if b._tag.summed is a._tag else rec.carry(call, "scores", affine=False)
@@ -276,11 +226,19 @@ def quotient(rec, call: Call):
     return hold(rec, call, b, "gate" if b._tag.gate and b._tag.kind in ("linear", "pending") else "norm")
 
 
+def hold(rec, call: Call, factor: Tensor, option: str):
+    """``call`` with one factor constant at X, or, where the option says tangent, with its own derivative."""
+    if rec.options[option] == "tangent":
+        return rec.tangent(call)
+    return settled_linear(rec, call.hold(factor, rec.constant(factor, option, call.name)))
+
+
 # ---------------------------------------------------------------------------------------------------- norms
 
 
+@rule("sum mean")
 def reduction(rec, call: Call):
-    """sum and mean: of x², a statistic; of a linear value, linear."""
+    """Σx: linear where x is; Σφ(z): a statistic."""
     t = call.deps[0]
     if t._tag.kind == "pending":
         return rec.carry(call, "stat", affine=True)
@@ -289,22 +247,25 @@ def reduction(rec, call: Call):
     return out
 
 
+@rule("var std norm vector_norm")
 def statistic(rec, call: Call):
-    """var, std and ‖·‖ of X."""
+    """σ², σ and ‖x‖: constant at X where they scale."""
     scores = any(t._tag.kind == "scores" for t in call.deps)
     return rec.carry(call, "scores" if scores else "stat" if call.name == "var" else "scale", affine=False)
 
 
+@rule("var_mean std_mean")
 def moments(rec, call: Call):
-    """var_mean, std_mean: each by its own rule."""
+    """(σ², μ): each by its own rule."""
     mean = {k: v for k, v in call.kwargs.items() if k in ("dim", "keepdim")}
     with rec:
         spread = getattr(torch, call.name.removesuffix("_mean"))
         return spread(*call.args, **call.kwargs), torch.mean(*call.args[:2], **mean)
 
 
+@rule("layer_norm rms_norm")
 def norm(rec, call: Call):
-    """layer_norm, rms_norm: (x − mean(x))·γ/σ + β with γ/σ constant at X; RMS norm does not centre."""
+    """(x − mean(x))·γ/σ + β, γ/σ constant at X; RMS norm does not centre."""
     if rec.options["norm"] == "tangent":
         return rec.tangent(call)
     centre = call.name == "layer_norm"
@@ -330,16 +291,18 @@ def normalised(x, scale, bias, centre):
 # ---------------------------------------------------------------------------------------------------- attention
 
 
+@rule("softmax _safe_softmax")
 def softmax(rec, call: Call):
-    """softmax: constant at X, which settles the scores too; of anything but scores it is a router's."""
-    option, rule = ("attention", "softmax") if any(t._tag.kind == "scores" for t in call.deps) else ("gate", "router")
+    """softmax(S) = A, constant at X, which settles the scores too; of anything but scores it is a router's."""
+    option, why = ("attention", "softmax") if any(t._tag.kind == "scores" for t in call.deps) else ("gate", "router")
     if rec.options[option] == "tangent":
         return rec.tangent(call, gate=True)
-    return call.run(lambda t: rec.constant(t, rule, call.name))
+    return call.run(lambda t: rec.constant(t, why, call.name))
 
 
+@rule("scaled_dot_product_attention")
 def attention(rec, call: Call):
-    """scaled_dot_product_attention(q, k, v): A·v with A constant at X; grouped heads and masks included."""
+    """softmax(q·kᵀ/√d + mask)·v = A·v, A constant at X; grouped heads and masks included."""
     optional = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     a = call.bind(query=None, key=None, value=None, **optional)
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
@@ -381,11 +344,16 @@ def attend(v, q, k, *how):
     return torch.cat(out, -2)
 
 
-# ---------------------------------------------------------------------------------------------------- everything else
+# ---------------------------------------------------------------------------------------------------- discrete choices
 
 
+@rule(
+    "topk sort argsort argmax argmin max min amax amin median kthvalue gt ge lt le eq ne greater greater_equal less "
+    "less_equal not_equal isnan isinf isfinite nonzero any all logical_not bool int long isclose allclose equal "
+    "bucketize searchsorted is_nonzero signbit __bool__ count_nonzero"
+)
 def choice(rec, call: Call):
-    """A discrete choice is the one made at X; values that come with it (topk, sort, max) are taken at its indices."""
+    """argmax(x): the one made at X; the values that come with it (topk, sort, max) are x at these indices."""
     out = call.run(lambda t: rec.constant(t, "choice", call.name))
     if isinstance(out, Tensor) and not out.is_floating_point():
         return out
@@ -407,15 +375,20 @@ def choice(rec, call: Call):
     return values if isinstance(out, Tensor) else type(out)((values, out[1]))
 
 
+@rule("maximum minimum fmax fmin")
 def larger(rec, call: Call):
-    """maximum(a, b), minimum(a, b): at each entry the one that was taken at X."""
-    a, b = [*call.args, *call.kwargs.values()][:2]
+    """max(a, b): at each entry the one that was taken at X."""
+    a, b = call.operands()
     mask = a.detach() >= b.detach() if "max" in call.name else a.detach() <= b.detach()
     with rec:
         return torch.where(mask, a, b)
 
 
-def evaluation(rec, call: Call):
+# ---------------------------------------------------------------------------------------------------- everything else
+
+
+@rule("dropout alpha_dropout feature_dropout batch_norm")
+def inactive(rec, call: Call):
     """dropout and batch norm: affine in eval mode; random, or of the whole batch, in training."""
     dropout = "dropout" in call.name
     if call.bind(input=None, p=0.0, train=False)["train"] if dropout else call.args[5]:
@@ -423,16 +396,41 @@ def evaluation(rec, call: Call):
     return pointwise(rec, call) if dropout else linear(rec, call)
 
 
-def shape_only(rec, call: Call):
-    """What asks a tensor for its shape, dtype or device, not for its values (in place: what forgets its value)."""
+@rule("type_as to expand_as view_as reshape_as")
+def like(rec, call: Call):
+    """x.type_as(y): y lends its dtype or shape alone."""
+    x, *others = call.args
+    lent = map_leaves(lambda t: t.detach() if dependent(t) else t, (others, call.kwargs))
+    alone = replace(call, args=(x, *lent[0]), kwargs=lent[1], deps=[x] if dependent(x) else [])
+    if not alone.deps:
+        return alone.run()
+    return (pointwise if call.name in SCALINGS else linear)(rec, alone)
+
+
+@rule("zero fill")
+def filled(rec, call: Call):
+    """zeros_like(x), x.new_tensor(3): of x the shape, dtype and device alone; in place, what forgets its old value."""
+    if any(t is not call.args[0] for t in call.deps):
+        rec.refuse(f"linearize has no rule for {title(call.func)} with a value that depends on X")
     return call.func(*call.args, **call.kwargs)
 
 
-def out_of_sight(rec, call: Call):
-    """.item(), .numpy(), .detach(): the value would go on unseen, and what is made of it would silently be constant."""
+@rule(
+    "size dim numel nelement ndimension stride storage_offset get_device element_size result_type untyped_storage "
+    "_nested_tensor_from_mask_left_aligned __len__ __hash__ __repr__ __format__"
+)
+def shape_only(rec, call: Call):
+    """What asks a tensor for its shape, dtype or device, not for its values."""
+    return call.func(*call.args, **call.kwargs)
+
+
+@rule("item tolist numpy detach data register_hook __float__ __int__ __index__ __array__ __complex__ data_ptr")
+def escape(rec, call: Call):
+    """.item(), .detach(): the value would go on unseen, and what is made of it would silently be constant."""
     rec.refuse(f"{title(call.func)} takes a value that depends on X out of torch's sight")
 
 
+@rule("__iter__")
 def composite(rec, call: Call):
     """A torch function written in Python: its body, with the interception on."""
     with rec:
@@ -442,98 +440,16 @@ def composite(rec, call: Call):
 @functools.cache
 def reentered(func: types.FunctionType) -> types.FunctionType:
     """``func`` without its first step, which hands the call to the interception that it came from."""
-    names = {**func.__globals__}
-    names.update(_each(lambda *_: False, "has_torch_function has_torch_function_unary has_torch_function_variadic"))
+    overridden = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names = {**func.__globals__, **dict.fromkeys(overridden, lambda *_: False)}
     body = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
     body.__kwdefaults__ = func.__kwdefaults__
     return body
 
 
-def _each(value, names: str) -> dict:
-    return dict.fromkeys(names.split(), value)
+# ---------------------------------------------------------------------------------------------------- the table
 
-
-# Which arguments of an affine operation are added and not multiplied: T·V is the replay without them.
-ADDENDS = {
-    **_each((0, 1, "input", "other"), "add sub subtract rsub"),
-    **_each((0, "tensors"), "cat concat concatenate stack hstack vstack"),
-    **_each((2, "bias"), "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d"),
-    **_each((0, "input"), "addmm addmv addbmm baddbmm"),
-    **_each((1, 2, "input", "other"), "where"),
-    **_each((0, 2, "input", "value", "values", "source"), "masked_fill masked_scatter setitem index_put"),
-    **_each((0, 3, "input", "src", "source", "value"), "scatter scatter_add index_add index_copy index_fill"),
-    **_each((0, 1, "input", "src"), "slice_scatter"),
-    **_each((3, 4, "prepend", "append"), "diff"),
-    **_each((0, 1), "copy"),
-    **_each((3, "value"), "pad"),
-    **_each((2, 3, "bias", "running_mean"), "batch_norm"),
-}
-# Matrix products: what comes out of one has passed no nonlinearity since.
-PRODUCTS = set(
-    "matmul mm bmm mv dot inner outer tensordot einsum linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
-    "addmm addmv addbmm baddbmm grouped_mm _grouped_mm transformers::grouped_mm_fallback".split()
-)
-HOMOGENEOUS = set("mul multiply div divide true_divide neg negative to float double half bfloat16 type type_as".split())
-LIKE = set("type_as expand_as view_as reshape_as to".split())
-ROOTS = set("rsqrt sqrt reciprocal pow float_power div divide true_divide".split())
-RULES = {
-    **dict.fromkeys((*ADDENDS, *PRODUCTS), linear),
-    **_each(
-        linear,
-        "view reshape flatten unflatten transpose permute t T mT swapaxes swapdims movedim moveaxis squeeze unsqueeze "
-        "ravel expand expand_as broadcast_to view_as reshape_as clone contiguous getitem narrow select split "
-        "split_with_sizes tensor_split chunk unbind unfold as_strided gather index_select take take_along_dim "
-        "masked_select diagonal diag diag_embed tril triu flip roll rot90 repeat repeat_interleave tile cumsum trace "
-        "diff avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d upsample_bilinear2d upsample_nearest2d "
-        "upsample_bicubic2d fold col2im im2col pixel_shuffle pixel_unshuffle view_as_real view_as_complex real imag "
-        "conj resolve_conj",
-    ),
-    **_each(
-        pointwise,
-        "add sub subtract rsub where masked_fill neg negative positive to float double half bfloat16 type type_as",
-    ),
-    **_each(evaluation, "dropout alpha_dropout feature_dropout batch_norm"),
-    **_each(
-        elementwise,
-        "relu relu6 gelu silu mish elu celu selu leaky_relu prelu hardtanh hardswish hardsigmoid hardshrink "
-        "softshrink tanhshrink softplus softsign logsigmoid log_sigmoid sigmoid expit tanh erf erfc exp exp2 expm1 "
-        "log log2 log10 log1p sin cos tan atan sinh cosh asinh abs absolute square sqrt rsqrt reciprocal pow "
-        "float_power clamp clip clamp_min clamp_max threshold nan_to_num round floor ceil trunc frac sign sgn logit "
-        "sinc",
-    ),
-    **_each(product, "mul multiply"),
-    **_each(quotient, "div divide true_divide"),
-    **_each(reduction, "sum mean"),
-    **_each(statistic, "var std norm vector_norm"),
-    **_each(moments, "var_mean std_mean"),
-    **_each(norm, "layer_norm rms_norm"),
-    **_each(softmax, "softmax _safe_softmax"),
-    **_each(attention, "scaled_dot_product_attention"),
-    **_each(
-        choice,
-        "topk sort argsort argmax argmin max min amax amin median kthvalue gt ge lt le eq ne greater greater_equal "
-        "less less_equal not_equal isnan isinf isfinite nonzero any all logical_not bool int long isclose allclose "
-        "equal bucketize searchsorted is_nonzero signbit __bool__ count_nonzero",
-    ),
-    **_each(larger, "maximum minimum fmax fmin"),
-    **_each(
-        out_of_sight,
-        "item tolist numpy detach data register_hook __float__ __int__ __index__ __array__ __complex__ data_ptr",
-    ),
-    **_each(
-        shape_only,
-        "size dim numel nelement ndimension stride storage_offset get_device element_size result_type "
-        "zero fill untyped_storage _nested_tensor_from_mask_left_aligned __len__ __hash__ __repr__ __format__",
-    ),
-    "__iter__": composite,
-}
 REGISTERED: dict = {"transformers.models.bloom.modeling_bloom.BloomGelu": elementwise}  # an autograd.Function inside
-
-
-def registered(module: type) -> Callable | None:
-    """The rule that stands for the whole forward of a module class, if there is one."""
-    found = (REGISTERED.get(c) or REGISTERED.get(f"{c.__module__}.{c.__qualname__}") for c in module.__mro__)
-    return next(filter(None, found), None)
 
 
 def register_rule(target, rule: Callable) -> None:
@@ -556,6 +472,12 @@ def register_rule(target, rule: Callable) -> None:
     rule_of.cache_clear()
 
 
+def registered(module: type) -> Callable | None:
+    """The rule that stands for the whole forward of a module class, if there is one."""
+    found = (REGISTERED.get(c) or REGISTERED.get(f"{c.__module__}.{c.__qualname__}") for c in module.__mro__)
+    return next(filter(None, found), None)
+
+
 @functools.cache
 def rule_of(func) -> tuple[Callable | None, str, bool]:
     """(rule, plain name, in place?) of an intercepted torch function; rule None if there is none."""
@@ -569,12 +491,14 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
     name = name[:-1] if inplace else name
     if func in REGISTERED:
         return REGISTERED[func], name, inplace
-    if isinstance(func, types.FunctionType) and not (func.__module__ or "").startswith("torch"):
+    python = isinstance(func, types.FunctionType)
+    if python and not (func.__module__ or "").startswith("torch"):
         return None, name, inplace
-    if name not in RULES and (name.startswith(("is_", "new_")) or name.endswith("_like")):
+    if name not in RULES and name.startswith("is_"):
         return shape_only, name, inplace
-    if isinstance(func, types.FunctionType) and ("inplace" in func.__code__.co_varnames or name not in RULES
-                                                or func is F.batch_norm):  # fmt: skip
+    if name not in RULES and (name.startswith("new_") or name.endswith("_like")):
+        return filled, name, inplace
+    if python and ("inplace" in func.__code__.co_varnames or name not in RULES or func is F.batch_norm):
         return composite, name, False
     return RULES.get(name), name, inplace
 

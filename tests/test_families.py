@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from families import FAMILIES, FLOAT32, UNSUPPORTED, law_error, measured, model_output, tolerance, without_additions
 from torch import nn
 
-from tensorlens_utils.linearize import UnsupportedOperation, linearize, linearize_function
+from tensorlens_utils.linearize import linearize, linearize_function
+from tensorlens_utils.values import UnsupportedOperation
 
 EXACT = [name for name in FAMILIES if name not in UNSUPPORTED]
 TEXT = [name for name in EXACT if "input_ids" in FAMILIES[name]()[1]]
