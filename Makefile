@@ -3,13 +3,14 @@
 # make test     unit tests, then every notebook against its stored outputs
 # make lab      JupyterLab on notebooks/
 # make bench    measure speed and memory here, into tests/benchmarks/results/
-# make zoo      train the shipped models again
+# make zoo      train the shipped models again, one per core; a stopped run goes on
 # make lock     renew constraints.txt from pyproject.toml
 # make clean    remove what runs have left in build/
 #
 # NB=05           only the notebook of that number
 # PROFILE=paper   the papers' own models and data; output stays in build/paper/
 # ENV=current     the environment that is active (conda, Binder) in place of .venv
+# DEVICE=cuda     where make bench measures; by default a GPU where there is one
 # ARGS='-k frame' further options for pytest, with make test and make bench
 
 SHELL       := bash
@@ -21,8 +22,9 @@ SHELL       := bash
 PROFILE ?= tiny
 NB      ?=
 ARGS    ?=
-# the file that `make bench` writes: one for machines with a GPU, one for those without, or a name of your own
-BENCH   ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# where `make bench` measures, and the file that it writes, tests/benchmarks/results/$(BENCH).json
+DEVICE  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+BENCH   ?= $(DEVICE)
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
              $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
@@ -62,10 +64,10 @@ lab: $(READY)
 
 bench: $(READY)
 	@mkdir -p tests/benchmarks/results
-	$(PY) -m pytest tests/benchmarks --benchmark-json=tests/benchmarks/results/$(BENCH).json $(ARGS)
+	DEVICE=$(DEVICE) $(PY) -m pytest tests/benchmarks --benchmark-json=tests/benchmarks/results/$(BENCH).json $(ARGS)
 
 zoo: $(READY)
-	$(PY) -m tensorlens_utils.training
+	$(PY) -m tensorlens_utils.recipes
 
 # without find-links, which would lock one machine's build of torch; without CUDA's packages, which torch pins by itself
 lock: $(READY)

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     import datasets
 
 RUNNING_DIGIT = 0  # the digit of the series: load_data("digits")[RUNNING_DIGIT], a 4, held out, that tiny-vit reads
+RUNNING_SENTENCE = "the capital of france is"  # the sentence of the series, that tiny-gpt goes on with
+RUNNING_REVIEW = 508  # load_data("reviews")[RUNNING_REVIEW], negated and contrasted, which tiny-bert reads as negative
 HELD_OUT = 500  # of the 1797 digits: an accuracy of 0.98 is then known to about one percent either way
+REVIEWS = {"train": 8000, "test": 2000}  # generated in a second or two
+STORIES = 100  # documents of each kind
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet",
            ".arrow": "arrow"}
 
@@ -47,9 +51,49 @@ def _digits() -> datasets.DatasetDict:
         for split, chosen in zip(("train", "test"), rows, strict=True)})
 
 
-EMBEDDED = {"digits": _digits}
+@cache
+def _reviews() -> datasets.DatasetDict:
+    """Generated film reviews that say which words decide: see `reviews.py`."""
+    import datasets
+
+    from .reviews import LABELS, reviews
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=[*LABELS]),
+                                  "evidence": datasets.List(datasets.Value("int8")), "kind": datasets.Value("string")})
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(reviews(n, split=split), features)
+                                 for split, n in REVIEWS.items()})
+
+
+@cache
+def _facts() -> datasets.DatasetDict:
+    """The facts of the micro-world as prompts, in the wordings of the training text and in held-out ones: see
+    `world.py`."""
+    import datasets
+
+    from .world import prompts
+
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(prompts(held_out=split == "test"))
+                                 for split in ("train", "test")})
+
+
+@cache
+def _stories() -> datasets.DatasetDict:
+    """Text of the micro-world that no model was trained on: see `world.py`."""
+    import datasets
+
+    from .world import held_out_documents
+
+    return datasets.DatasetDict({"test": datasets.Dataset.from_list(held_out_documents(STORIES))})
+
+
+EMBEDDED = {"digits": _digits, "reviews": _reviews, "facts": _facts, "stories": _stories}
 # What stands in, offline, for a hub data set, by a word in its id.
-STAND_INS = {"digits": r"mnist|digit|cifar|imagenet|svhn|image|vision|food|flowers"}
+STAND_INS = {
+    "digits": r"mnist|digit|cifar|imagenet|svhn|image|vision|food|flowers",
+    "reviews": r"imdb|sst|review|sentiment|rotten|yelp|amazon|polarity",
+    "facts": r"\blre\b|relation|fact",
+    "stories": r"stories|wikitext|pile|webtext|bookcorpus|\bc4\b|fineweb",
+}
 
 
 def data_sets() -> list[str]:
@@ -72,6 +116,16 @@ def load_data(name: str | Path, split: str | None = None, *, subset: str | None 
     - "digits", split "train" (1297 rows) or "test" (500, held out from every recipe of the zoo; a fixed, stratified
       split): `image`, a PIL image of 8×8 pixels with intensity 0..16 (`np.asarray` gives uint8); `label`; `row`, its
       place in scikit-learn's table.
+    - "reviews", split "train" (8000 rows) or "test" (2000; no recipe trains on a text of that split): generated film
+      reviews, words between blanks: `text`; `label`, 0 negative or 1 positive; `evidence`, a 0 or 1 for each word of
+      `text.split()`, 1 for those that decide; `kind`, what the review needs of negation, contrast and hearsay. Word i
+      is token i + 1 of tiny-bert.
+    - "facts", split "train" or "test" (wordings held out from every recipe): the facts of a micro-world: `prompt`,
+      which `object` goes on; `subject`; `relation`; `wording`; `subject_span`, where the subject stands among the
+      prompt's words, [first, last + 1]. Word i is token i + 1 of the zoo's language models. Few-shot prompts are
+      `world.prompts(relation, n_shot=...)`.
+    - "stories", split "test" (400 rows): text of the same world that no model was trained on: `text`; `kind`, "facts",
+      "few_shot", "story" or "repeat".
 
     Raises ValueError for a name or split that is not there, FileNotFoundError for a missing path, and ConnectionError
     for a hub data set that is not cached when there is no network (at once with HF_HUB_OFFLINE=1).
@@ -108,7 +162,7 @@ def load_data(name: str | Path, split: str | None = None, *, subset: str | None 
     except ConnectionError as error:
         stand_in = next((tiny for tiny, words in STAND_INS.items() if re.search(words, text.lower())), None)
         remedy = (f"load_data({stand_in!r}) stands in for it offline" if stand_in else
-                  "no embedded data set of its kind stands in for it yet")
+                  "no embedded data set of its kind stands in for it")
         raise ConnectionError(f"{text!r} is a hub data set that is not in the local cache, and the hub cannot be "
                               f"reached (no network, or HF_HUB_OFFLINE=1): {remedy}. Embedded are {_listing()}. Or "
                               "give the path of a file or folder.") from error

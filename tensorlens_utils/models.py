@@ -8,13 +8,15 @@ any model: the stack of transformer blocks, how often it is called, and the modu
 >>> n_blocks(model)
 4
 
-`python -m tensorlens_utils.training [NAME ...]` retrains the zoo; the recipes are in `training.py`.
+`python -m tensorlens_utils.recipes [NAME ...]` retrains the zoo.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,14 @@ TASKS = {
     "encoder": ("AutoModel", ("Model",)),
 }
 
-# task: (words in a hub id of that kind, the zoo models that stand in for it offline, the best first). Where no task is
-# given, the first one with a word in the id counts.
+# zoo model: (the tasks, and the words in a hub id, for which it stands in offline). The task tells more than a word;
+# the first of equals counts.
 STAND_INS = {
-    "image-classification": (r"vit|deit|beit|dino|clip|siglip|swin|image", ("tiny-vit",)),
-    "sequence-classification": (r"bert|electra|mpnet|sst|imdb|mnli", ("tiny-bert", "tiny-postln")),
-    "causal-lm": (r"gpt|llama|mistral|mixtral|qwen|gemma|phi|olmo|pythia|opt|bloom|falcon|mpt|rwkv|mamba",
-                  ("tiny-gpt",)),
+    "tiny-vit": (("image-classification",), r"vit|deit|beit|dino|clip|siglip|swin|image"),
+    "tiny-bert": (("sequence-classification", "masked-lm"), r"bert|electra|mpnet|sst|imdb|mnli"),
+    "tiny-gpt": (("causal-lm",), r"gpt|pythia|opt|bloom|falcon|mpt|rwkv|mamba"),
+    "tiny-llama": (("causal-lm",), r"llama|mistral|mixtral|qwen|gemma|phi|olmo|smollm"),
 }
-STAND_INS["masked-lm"] = STAND_INS["sequence-classification"]
 
 
 def zoo() -> list[str]:
@@ -52,6 +53,20 @@ def zoo() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob("*/config.json"))
 
 
+def checkpoints(name: str | Path) -> list[str]:
+    """The checkpoints along the training of a zoo model or of a model in a local folder, first to last: the names that
+    `load_model` takes as `revision`. They are folders stepN in the model's own. Empty where none were kept.
+
+    >>> checkpoints("tiny-vit")[0]
+    'step0'
+    """
+    source, where = _resolve(name)
+    if where == "hub":
+        raise ValueError(f"Checkpoints are listed for zoo models and local folders, and {str(name)!r} is a hub id: "
+                         f"huggingface_hub.list_repo_refs({str(name)!r}) lists its revisions.")
+    return sorted((path.parent.name for path in Path(source).glob("step*/config.json")), key=lambda step: int(step[4:]))
+
+
 def load_model(name: str | Path, *, task: str | None = None, dtype: Any = None, device: Any = None,
                revision: str | None = None, **options: Any) -> tuple[nn.Module, Any]:
     """A model in eval mode, with its tokenizer or image processor.
@@ -60,11 +75,12 @@ def load_model(name: str | Path, *, task: str | None = None, dtype: Any = None, 
     the checkpoint's `architectures` names; `task` ("causal-lm", "masked-lm", "sequence-classification",
     "image-classification", "encoder") overrides it. `dtype` None keeps the checkpoint's own precision, but gives zoo
     models in float32 however they are stored; `device` None leaves the model on the CPU; further `options` go to
-    `from_pretrained` (such as `attn_implementation="eager"`).
+    `from_pretrained` (such as `attn_implementation="eager"`). `revision` is the hub's name of a version; of a zoo model
+    or local folder it is one of its `checkpoints`.
 
-    Raises ValueError for a name that nothing answers to, FileNotFoundError for a missing path or a checkpoint without
-    its processor, and ConnectionError for a hub model that is not cached when there is no network; set HF_HUB_OFFLINE=1
-    to get that answer at once, without the hub's retries.
+    Raises ValueError for a name or revision that nothing answers to, FileNotFoundError for a missing path or a
+    checkpoint without its processor, and ConnectionError for a hub model that is not cached when there is no network;
+    set HF_HUB_OFFLINE=1 to get that answer at once, without the hub's retries.
 
     >>> model, processor = load_model("tiny-vit", dtype="float64")
     >>> from tensorlens_utils.data import load_data
@@ -77,12 +93,19 @@ def load_model(name: str | Path, *, task: str | None = None, dtype: Any = None, 
     import transformers
 
     source, where = _resolve(name)
-    pinned = {"revision": revision} if revision is not None else {}
+    pinned = {"revision": revision} if revision is not None and where == "hub" else {}
+    if where != "hub" and revision not in (None, "main"):
+        if revision not in checkpoints(name):
+            raise ValueError(f"revision must be one of {', '.join(map(repr, [*checkpoints(name), 'main']))} for "
+                             f"{str(name)!r}, not {revision!r}.")
+        source = str(Path(source) / revision)
     try:
         config = transformers.AutoConfig.from_pretrained(source, **pinned)
         auto = getattr(transformers, TASKS[task or _task(config, name)][0])
         dtype = dtype if dtype is not None else "float32" if where == "zoo" else "auto"
-        model = auto.from_pretrained(source, config=config, dtype=dtype, **pinned, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # tiny-attn's MLPs, of no units
+            model = auto.from_pretrained(source, config=config, dtype=dtype, **pinned, **options)
         processor = _processor(source, model, pinned)
     except OSError as error:
         if where == "hub":
@@ -145,6 +168,28 @@ def _processor(source: str, model: nn.Module, pinned: dict) -> Any:
     return auto.from_pretrained(source, **asked, **pinned)
 
 
+def word_tokenizer(words: Iterable[str], length: int, *, template: str = "$A", **special_tokens: str) -> Any:
+    """A tokenizer of words between blanks, one token each; the ids are those of the special tokens, then the words'.
+
+    `length` is the longest input, `template` says where special tokens stand round a text ($A); `special_tokens` are
+    transformers' own, of which unk_token is needed.
+
+    >>> tokenizer = word_tokenizer(["so", "much"], 8, template="<s> $A", unk_token="<unk>", bos_token="<s>")
+    >>> tokenizer("so much depends").input_ids
+    [1, 2, 3, 0]
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate([*special_tokens.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special_tokens["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    around = [(word, ids[word]) for word in template.split() if word != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=around)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length,
+                                   model_input_names=["input_ids", "attention_mask"], **special_tokens)
+
+
 def _hub_error(name: str, task: str | None, error: OSError) -> Exception:
     """What to tell someone whose hub model did not come: no such model, or no network and what stands in for it."""
     from huggingface_hub import errors
@@ -159,10 +204,10 @@ def _hub_error(name: str, task: str | None, error: OSError) -> Exception:
                           f"{f'; did you mean {near[0]!r}' if near else ''}. If it is private, log in to the hub.")
     if not any(isinstance(c, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)) for c in causes):
         return error
-    kinds = [STAND_INS[task]] if task in STAND_INS else [k for k in STAND_INS.values() if re.search(k[0], name.lower())]
-    stand_in = next((tiny for _, tinies in kinds[:1] for tiny in tinies if tiny in zoo()), None)
-    remedy = (f"load_model({stand_in!r}) stands in for it offline" if stand_in else
-              "the zoo has no stand-in of its kind yet")
+    fits = {tiny: (task in tasks, bool(re.search(words, name.lower()))) for tiny, (tasks, words) in STAND_INS.items()}
+    stand_in = max(fits, key=fits.get)
+    remedy = (f"load_model({stand_in!r}) stands in for it offline" if any(fits[stand_in]) else
+              "no model of the zoo is of its kind")
     return ConnectionError(f"{name!r} is a hub model that is not in the local cache, and the hub cannot be reached (no "
                            f"network, or HF_HUB_OFFLINE=1): {remedy}. The zoo has {_listing()}. Or give the path of a "
                            "folder in Hugging Face layout.")
@@ -252,8 +297,8 @@ def token_embedding(model: nn.Module) -> nn.Module:
 
 
 def card(name: str) -> dict[str, Any]:
-    """The measured numbers on a zoo model's card (its README.md), as the recipe wrote them: shares as {"value", "low",
-    "high", "n"} with a 95 % interval, and "parameters", "seed", "steps", "cpu_minutes".
+    """The measured numbers on a zoo model's card (its README.md), as the recipe wrote them: shares and means as
+    {"value", "low", "high", "n"} with a 95 % interval, and "parameters", "seed", "steps", "cpu_minutes".
 
     >>> card("tiny-vit")["accuracy"]["value"] > 0.96
     True

@@ -7,7 +7,7 @@
 which is what the notebook's own `parameters` cell says, and `paper`, which papermill injects. A run goes to
 `build/nb/NAME.ipynb`, its figures to `build/nb/NAME.figures/`; only when every cell has run are they copied to
 `notebooks/` and `figures/`, so that a failure touches nothing that git keeps. `build/nb/NAME.json` then records one
-digest of all that the result depends on (the notebook, the package and its models, the lock, the figures); a notebook
+digest of all that the result depends on (notebook, package, models, measurements, lock, figures); a notebook
 is up to date while that digest holds. Times of files play no part: a checkout, which makes every file new, neither
 hides a change nor invents one. A `paper` run stays under `build/paper/`.
 
@@ -315,7 +315,8 @@ class Series:
         package = sorted(p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
         results = [self.figures / f for f in figures] + [self.result(name)] * (self.profile != "tiny")
         whole = hashlib.sha256(json.dumps([self.table[name][self.profile], sys.version_info[:2]]).encode())
-        for path in [self.source(name), self.root / "constraints.txt", *package, *results]:
+        measured = sorted(self.root.glob("tests/benchmarks/results/*.json"))  # what notebooks draw of `make bench`
+        for path in [self.source(name), self.root / "constraints.txt", *measured, *package, *results]:
             whole.update(path.name.encode() + hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
         return whole.hexdigest()
 

@@ -47,6 +47,86 @@ def diverging(values):
     return {"cmap": DIVERGING, "vmin": -top, "vmax": top}
 
 
+def signed(value, digits=1):
+    """A number with its sign, the minus as long as the plus; without one where rounding leaves nothing of it.
+
+    >>> signed(1.54), signed(-0.26), signed(-0.01)
+    ('+1.5', '−0.3', '0.0')
+    """
+    text = f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return text[1:] if float(f"{value:.{digits}f}") == 0 else text
+
+
+def cells(ax, values, columns, rows=(), texts=None, *, top=None, grey=(), fontsize=8):
+    """Draw a small table of numbers (R, C) as coloured cells with a text in each: a heat map, or coloured words.
+
+    Signed values get white at zero, red above it and blue below; values of one sign get the sequential map.
+
+    Args:
+        ax: matplotlib axes.
+        values: (R, C), any array or CPU tensor; NaN leaves a cell empty.
+        columns, rows: labels, above and to the left.
+        texts: (R, C) strings; None: the numbers, signed where the map is.
+        top: the value at the end of the colours; None: the largest of `values`.
+        grey: (r, c) of cells on a grey ground, whatever their value: such as the bias beside the tokens.
+        fontsize: of all texts.
+
+    Returns:
+        The AxesImage.
+    """
+    values = np.asarray(values, dtype=float)
+    both = np.nanmin(values) < 0
+    top = top or float(np.nanmax(np.abs(values)))
+    colours = {**diverging(values), "vmin": -top, "vmax": top} if both else {"cmap": SEQUENTIAL, "vmin": 0, "vmax": top}
+    ground = values.copy()
+    for cell in grey:
+        ground[cell] = np.nan
+        ax.add_patch(mpl.patches.Rectangle((cell[1] - 0.5, cell[0] - 0.5), 1, 1, color="0.85", lw=0))
+    image = ax.imshow(ground, aspect="auto", **colours)
+    for (r, c), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        red, green, blue, alpha = image.cmap(image.norm(ground[r, c])) if (r, c) not in grey else (1, 1, 1, 1)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        text = texts[r][c] if texts is not None else signed(value) if both else f"{value:.1f}"
+        ax.text(c, r, text, ha="center", va="center", color="white" if dark else "black", fontsize=fontsize)
+    ax.set_xticks(range(len(columns)), columns, fontsize=fontsize)
+    ax.set_yticks(range(len(rows)), rows, fontsize=fontsize)
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(np.arange(values.shape[1] - 1) + 0.5, minor=True)
+    ax.set_yticks(np.arange(values.shape[0] - 1) + 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=1.5)
+    ax.tick_params(which="minor", length=0)
+    return image
+
+
+def staircase(ax, parts, total, grey=()):
+    """Draw numbers that add up to `total` as bars, one upon the other from left to right: red adds, blue takes away.
+
+    `grey` holds the places of bars that are neither, such as the bias; a dashed line marks the total.
+    """
+    parts = np.asarray(parts, dtype=float)
+    ends = parts.cumsum()
+    red, blue = mpl.colormaps[DIVERGING]([0.85, 0.15])
+    colours = ["0.6" if i in grey else red if part > 0 else blue for i, part in enumerate(parts)]
+    ax.bar(range(len(parts)), parts, bottom=ends - parts, color=colours)
+    for i, end in enumerate(ends[:-1]):
+        ax.plot([i + 0.4, i + 0.6], [end, end], color="0.4", lw=0.8)
+    ax.axhline(total, color="black", lw=0.8, ls="--", zorder=0)
+    low, high = min(0, ends.min()), max(0, ends.max())
+    ax.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+
+
+def whisker(ax, place, triple, colour=PALETTE[0], marker="o", upright=False, **label):
+    """A point with its interval, `triple` = (value, low, high), at `place` of the other axis; upright: along y."""
+    value, *ends = triple
+    lines = [([place] * 2, ends), ([place], [value])] if upright else [(ends, [place] * 2), ([value], [place])]
+    ax.plot(*lines[0], color=colour, lw=1.3)
+    ax.plot(*lines[1], marker, color=colour, ms=4.5, **label)
+
+
 def figures_dir():
     """Where figures go: $TENSORLENS_FIGURES, which `make` sets, else build/figures of the repository, else ./figures.
 

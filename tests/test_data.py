@@ -1,4 +1,6 @@
-"""Data sets by name: the embedded digits and their split, local files, and what is said when there is no network."""
+"""Data sets by name: the embedded ones and their splits, local files, and what is said when there is no network."""
+
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from tensorlens_utils import data
-from tensorlens_utils.data import RUNNING_DIGIT, data_sets, digit_text, load_data
+from tensorlens_utils.data import RUNNING_DIGIT, RUNNING_REVIEW, RUNNING_SENTENCE, data_sets, digit_text, load_data
 
 POEM = [{"line": line, "label": label} for line, label in (("so much depends", 0), ("upon", 1), ("a red wheel", 0))]
 
@@ -58,6 +60,45 @@ def test_digit_text():
         digit_text(np.eye(8) / 2)
 
 
+def test_reviews_are_two_balanced_parts_with_the_words_that_decide():
+    train, test = (load_data("reviews", split) for split in ("train", "test"))
+    assert (train.num_rows, test.num_rows) == (8000, 2000) and not {*train["text"]} & {*test["text"]}
+    for part in (train, test):
+        assert abs(np.mean(part["label"]) - 0.5) < 0.01
+        assert part.features["label"].names == ["negative", "positive"]
+    for row in test.select(range(200)):
+        assert len(row["evidence"]) == len(row["text"].split()) and 1 <= sum(row["evidence"]) and row["kind"]
+
+
+def test_facts_are_prompts_in_training_wordings_and_in_others():
+    train, test = (load_data("facts", split) for split in ("train", "test"))
+    assert not {*train["wording"]} & {*test["wording"]} and {*train["relation"]} == {*test["relation"]}
+    for row in (*train, *test):
+        first, end = row["subject_span"]
+        assert row["prompt"].split()[first:end] == row["subject"].split()
+        assert row["wording"].format(subject=row["subject"], object=row["object"]) == f"{row['prompt']} {row['object']}"
+    running, = (row for row in train if row["prompt"] == RUNNING_SENTENCE)
+    assert running["object"] == "paris"
+
+
+def test_stories_are_as_many_of_each_kind():
+    stories = load_data("stories")
+    assert Counter(stories["kind"]) == dict.fromkeys(("facts", "few_shot", "story", "repeat"), 100)
+    assert len({*stories["text"]}) > 390
+
+
+def test_tiny_gpt_goes_on_with_the_running_sentence():
+    import torch
+
+    from tensorlens_utils.models import load_model
+
+    model, tokenizer = load_model("tiny-gpt")
+    with torch.no_grad():
+        odds = model(**tokenizer(RUNNING_SENTENCE, return_tensors="pt")).logits[0, -1].softmax(-1)
+    print(f"{RUNNING_SENTENCE} {tokenizer.decode(odds.argmax())}: {odds.max():.3f}")
+    assert tokenizer.decode(odds.argmax()) == "paris" and odds.max() > 0.9
+
+
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
@@ -107,14 +148,16 @@ def offline(monkeypatch, cache):
 
 @pytest.mark.parametrize(("name", "says"), [
     ("ylecun/mnist", r"load_data\('digits'\) stands in for it offline"),
-    ("stanfordnlp/imdb", "no embedded data set of its kind stands in for it yet")])
+    ("stanfordnlp/imdb", r"load_data\('reviews'\) stands in"), ("azhx/counterfact", r"load_data\('facts'\) stands in"),
+    ("Salesforce/wikitext", r"load_data\('stories'\) stands in"),
+    ("someone/weather", "no embedded data set of its kind stands in for it")])
 def test_a_hub_data_set_offline_names_its_stand_in(offline, name, says):
     with pytest.raises(ConnectionError, match=f"'{name}' is a hub data set.*cannot be reached.*{says}.*'digits'"):
         load_data(name)
 
 
 def test_what_cannot_be_loaded_says_the_rule_the_offender_and_the_remedy(offline, tmp_path):
-    assert data_sets() == ["digits"]
+    assert data_sets() == ["digits", "facts", "reviews", "stories"]
     with pytest.raises(ValueError, match="split must be one of 'train', 'test' for 'digits', not 'validation'"):
         load_data("digits", "validation")
     with pytest.raises(FileNotFoundError, match="No file or folder at './poem.csv'"):
@@ -126,3 +169,10 @@ def test_what_cannot_be_loaded_says_the_rule_the_offender_and_the_remedy(offline
         load_data(tmp_path / "poem.doc")
     with pytest.raises(ValueError, match="No data set is named 'digit'; did you mean 'digits'"):
         load_data("digit")
+
+
+def test_the_running_review_is_decided_by_not_inventive():
+    review = load_data("reviews")[RUNNING_REVIEW]
+    words = review["text"].split()
+    assert [word for word, decides in zip(words, review["evidence"], strict=True) if decides] == ["not", "inventive"]
+    assert review["label"] == 0 and review["kind"] == "negated contrasted" and "but" in words

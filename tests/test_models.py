@@ -1,165 +1,23 @@
-"""Loading models by name, finding their parts, and the zoo: its measured numbers and its recipes."""
+"""Loading models by name, their checkpoints, and finding their parts."""
 
-import dataclasses
-import itertools
 import re
-import shutil
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, N, V
 from torch import nn
 
-from tensorlens_utils import models, training
+from tensorlens_utils import models
 from tensorlens_utils.data import digit_text, load_data
-from tensorlens_utils.models import card, find_blocks, load_model, n_blocks, token_embedding, zoo
-
-FLOOR = {"tiny-vit": 0.96, "tiny-preln": 0.93, "tiny-postln": 0.93}
-
-
-# --- the zoo ---------------------------------------------------------------------------------------------------------
-
-
-def test_each_recipe_is_shipped_with_a_card_and_all_of_it_is_small():
-    assert set(zoo()) == set(training.RECIPES) == set(FLOOR)
-    assert sum(file.stat().st_size for file in models.ZOO.rglob("*") if file.is_file()) < 20e6
-    for name in zoo():
-        recipe, numbers = training.RECIPES[name], card(name)
-        stated = [numbers[key] for key in ("steps", "seed", "batch_size", "learning_rate", "weight_decay")]
-        assert stated == [recipe.steps, recipe.seed, recipe.batch_size, recipe.lr, recipe.weight_decay]
-        assert numbers["cpu_minutes"] > 0 and numbers["parameters"] == load_model(name)[0].num_parameters()
-
-
-@pytest.mark.parametrize("name", FLOOR)
-def test_card_states_what_a_fresh_evaluation_measures(name):
-    model, processor = load_model(name)
-    fresh = training.RECIPES[name].measure(model, processor)
-    print(name, {key: measure["value"] for key, measure in fresh.items()})
-    assert fresh["accuracy"]["n"] == 500 and fresh["accuracy"]["value"] >= FLOOR[name]
-    stated = {key: value for key, value in card(name).items() if isinstance(value, dict)}
-    assert fresh.keys() == stated.keys()
-    for key, measure in fresh.items():  # to one digit of 500: another machine may round a tie the other way
-        assert measure == pytest.approx(stated[key], abs=1.1 / measure["n"]), key
-    page = (models.ZOO / name / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (accuracy.*?) \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \| (\d+) \|$", page, re.M)
-    assert {key: tuple(map(float, row)) for key, *row in rows} == {
-        key: (round(m["value"], 3), round(m["low"], 3), round(m["high"], 3), m["n"]) for key, m in stated.items()}
-
-
-def test_masked_digits_are_no_surprise_to_tiny_vit():
-    numbers = card("tiny-vit")
-    for word in ("black", "grey"):
-        assert numbers[f"accuracy, 4 of 16 patches {word}"]["low"] > 0.9
-        assert numbers[f"accuracy, 8 of 16 patches {word}"]["low"] > 0.8
-
-
-def test_the_processors_read_digits():
-    model, processor = load_model("tiny-vit")
-    images = load_data("digits")[:3]["image"]
-    pixels = processor(images, return_tensors="pt").pixel_values
-    raw = torch.stack([torch.from_numpy(np.array(image))[None] for image in images])
-    assert torch.allclose(pixels, (raw / 16 - training.PIXEL_MEAN) / training.PIXEL_STD, atol=1e-6)
-    for arrays in (raw.numpy(), raw.double().numpy(), list(raw.numpy())):
-        assert torch.equal(processor(arrays, return_tensors="pt").pixel_values, pixels)
-    assert model(pixels).logits.shape == (3, 10) and model.config.id2label[7] == "7"
-
-    _, tokenizer = load_model("tiny-preln")
-    inputs = tokenizer([digit_text(image) for image in images], return_tensors="pt")
-    assert inputs.keys() == {"input_ids", "attention_mask"} and inputs.input_ids.shape == (3, 65)
-    assert tokenizer.convert_ids_to_tokens(inputs.input_ids[0, :2].tolist()) == ["<s>", str(raw[0, 0, 0, 0].item())]
-    assert torch.equal(inputs.input_ids[:, 1:] - tokenizer.convert_tokens_to_ids("0"), raw.flatten(1))
-
-
-def test_the_pair_differs_in_the_place_of_the_norms_alone(tmp_path):
-    pre, post = (training.train(dataclasses.replace(training.RECIPES[name], steps=0), tmp_path, progress=False)[0]
-                 for name in ("tiny-preln", "tiny-postln"))
-    rest = [[p for name, p in m.named_parameters() if "LayerNorm" not in name] for m in (pre, post)]
-    assert all(torch.equal(a, b) for a, b in zip(*rest, strict=True)) and len(rest[0]) > 40
-    assert pre.num_parameters() - post.num_parameters() == 2 * pre.config.hidden_size  # the norm at pre-LN's end
-    recipes = [dataclasses.asdict(training.RECIPES[name]) for name in ("tiny-preln", "tiny-postln")]
-    for key in recipes[0].keys() - {"name", "about", "build"}:
-        assert recipes[0][key] == recipes[1][key], key
-
-
-# --- the recipes -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FLOOR)
-def test_a_stopped_run_goes_on_to_the_same_weights(name, tmp_path):
-    recipe = dataclasses.replace(training.RECIPES[name], steps=5, warmup=2, batch_size=8)
-    before = torch.get_rng_state()
-    threads = torch.get_num_threads()
-    model, _, minutes = training.train(recipe, tmp_path / "whole", save_every=2, progress=False)
-    whole = model.state_dict()
-    assert torch.equal(torch.get_rng_state(), before) and not model.training and minutes > 0
-    assert torch.get_num_threads() == threads
-
-    calls = itertools.count(1)
-
-    def stopping(n, generator):
-        if next(calls) == 4:  # steps 1 and 2 are saved, step 3 is lost
-            raise KeyboardInterrupt
-        return recipe.batch(n, generator)
-
-    with pytest.raises(KeyboardInterrupt):
-        training.train(dataclasses.replace(recipe, batch=stopping), tmp_path / "parts", save_every=2, progress=False)
-    seen = []
-    counting = dataclasses.replace(recipe, batch=lambda n, generator: seen.append(n) or recipe.batch(n, generator))
-    resumed = training.train(counting, tmp_path / "parts", save_every=2, progress=False)[0].state_dict()
-    assert len(seen) == 3
-    assert all(torch.equal(resumed[key], value) for key, value in whole.items())
-
-    other = training.train(dataclasses.replace(recipe, seed=1), tmp_path / "parts", progress=False)[0].state_dict()
-    assert not torch.equal(other["classifier.weight" if name == "tiny-vit" else "classifier.dense.weight"],
-                           whole["classifier.weight" if name == "tiny-vit" else "classifier.dense.weight"])
-
-
-def test_training_batches_are_the_processor_s_inputs_moved_and_masked():
-    images, labels = training._train_digits()
-    chosen, digits = training.shifted_digits(400, torch.Generator().manual_seed(0))
-    same = (chosen[:, None] == images).flatten(2).all(-1)  # (400, 1297)
-    unmoved = same.any(1)
-    assert 0.7 < unmoved.float().mean() < 0.9  # a quarter is drawn to move, a ninth of that by nothing
-    assert torch.equal(labels[same[unmoved].int().argmax(1)], digits[unmoved])
-    inner = images[:, 1:7, 1:7].unsqueeze(0)  # a moved digit still has every inner pixel of its origin, one pixel away
-    for moved in chosen[~unmoved][:5]:
-        assert any((moved[1 + dy:7 + dy, 1 + dx:7 + dx] == inner).flatten(2).all(-1).any()
-                   for dy in (-1, 0, 1) for dx in (-1, 0, 1))
-
-    pixels = training._vit_batch(400, torch.Generator().manual_seed(0))["pixel_values"]
-    clean = (chosen[:, None] / 16 - training.PIXEL_MEAN) / training.PIXEL_STD
-    patches = [x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).flatten(1, 3) for x in (pixels, clean)]  # (400, 16, 4)
-    changed = (patches[0] != patches[1]).any(-1)
-    values = patches[0][changed]
-    assert torch.isin(values, torch.tensor([*training.BASELINES.values()])).all() and (values == values[:, :1]).all()
-    grey = (patches[0] == 0).all(-1)
-    assert 0.1 < grey.any(1).float().mean() < 0.6 and 0.1 < changed.float().mean() < 0.5
-    assert (changed.sum(1) == 0).any() and (changed.sum(1) > 8).any()
-
-    ids = training._pair_batch(400, torch.Generator().manual_seed(0))["input_ids"]
-    tokenizer = training._token_processor()
-    assert torch.equal(ids, tokenizer([digit_text(image) for image in chosen], return_tensors="pt").input_ids)
-
-
-def test_command_line_makes_a_trial_that_loads_by_path(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert training.main(["tiny-vit", "tiny-postln", "--steps", "2"]) == 0
-    assert re.search(r"tiny-vit: accuracy 0\.\d{3}, 136,138 parameters", capsys.readouterr().out)
-    model, processor = load_model("build/zoo/trial/tiny-vit")
-    assert isinstance(model, tf.ViTForImageClassification) and isinstance(processor, tf.ViTImageProcessorPil)
-    assert isinstance(load_model("build/zoo/trial/tiny-postln")[0], tf.RobertaForSequenceClassification)
-    with pytest.raises(SystemExit):
-        training.main(["tiny-cat"])
-    assert "not for tiny-cat" in capsys.readouterr().err
-
+from tensorlens_utils.models import card, checkpoints, find_blocks, load_model, n_blocks, token_embedding, zoo
+from tensorlens_utils.recipes import digits
 
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def tokenizer():
-    return training._token_processor()
+    return digits._token_processor()
 
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,
@@ -181,7 +39,7 @@ CHECKPOINTS = {
 def save(model, folder, processor=True):
     model.save_pretrained(folder)
     if processor:
-        (training._vit_build()[1] if model.main_input_name == "pixel_values" else tokenizer()).save_pretrained(folder)
+        (digits._vit_build()[1] if model.main_input_name == "pixel_values" else tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -232,19 +90,52 @@ def test_a_cached_hub_model_loads_offline(offline):
 
 @pytest.mark.parametrize(("name", "task", "stand_in"), [
     ("google/vit-base-patch16-224", None, "tiny-vit"), ("facebook/deit-small-patch16-224", None, "tiny-vit"),
-    ("someone/model", "image-classification", "tiny-vit"), ("textattack/bert-base-uncased-imdb", None, "tiny-postln"),
-    ("gpt2", None, "tiny-gpt"), ("meta-llama/Llama-3.2-1B", "causal-lm", "tiny-gpt"), ("someone/model", None, None)])
-def test_an_uncached_hub_model_offline_names_its_stand_in(offline, monkeypatch, tmp_path, name, task, stand_in):
-    monkeypatch.setattr(models, "ZOO", shutil.copytree(models.ZOO, tmp_path / "zoo"))
-    for extra in (None, "tiny-gpt"):  # before and after the zoo has a causal language model
-        if extra:
-            shutil.copytree(models.ZOO / "tiny-vit", models.ZOO / extra)
-        with pytest.raises(ConnectionError, match="not in the local cache, and the hub cannot be reached") as caught:
-            load_model(name, task=task)
-        there = stand_in in zoo()
-        assert f"load_model({stand_in!r}) stands in for it offline" in str(caught.value) if there else \
-            "no stand-in of its kind" in str(caught.value)
-        assert f"{name!r} is a hub model" in str(caught.value) and ", ".join(map(repr, zoo())) in str(caught.value)
+    ("someone/model", "image-classification", "tiny-vit"), ("textattack/bert-base-uncased-imdb", None, "tiny-bert"),
+    ("bert-base-uncased", "masked-lm", "tiny-bert"), ("bert-base-uncased", "encoder", "tiny-bert"),
+    ("gpt2", None, "tiny-gpt"), ("someone/model", "causal-lm", "tiny-gpt"), ("someone/bert", "causal-lm", "tiny-gpt"),
+    ("meta-llama/Llama-3.2-1B", "causal-lm", "tiny-llama"), ("Qwen/Qwen3-0.6B", None, "tiny-llama"),
+    ("someone/model", None, None)])
+def test_an_uncached_hub_model_offline_names_its_stand_in(offline, name, task, stand_in):
+    with pytest.raises(ConnectionError, match="not in the local cache, and the hub cannot be reached") as caught:
+        load_model(name, task=task)
+    says = f"load_model({stand_in!r}) stands in for it offline" if stand_in else "no model of the zoo is of its kind"
+    assert says in str(caught.value) and stand_in in (None, *zoo())
+    assert f"{name!r} is a hub model" in str(caught.value) and ", ".join(map(repr, zoo())) in str(caught.value)
+
+
+def test_checkpoints_are_revisions_and_the_last_is_the_model(tmp_path):
+    names = checkpoints("tiny-vit")
+    assert len(names) == 8 and names[0] == "step0" and names[-1] == f"step{card('tiny-vit')['steps']}"
+    shipped = load_model("tiny-vit", revision="main")[0].state_dict()
+    images = load_data("digits")
+    right = []
+    for name in names:
+        model, processor = load_model("tiny-vit", revision=name)
+        assert model.dtype == torch.float32 and not model.training
+        with torch.no_grad():
+            answers = model(**processor(images[:]["image"], return_tensors="pt")).logits.argmax(-1)
+        right.append((answers == torch.tensor(images["label"])).sum().item())
+    print(dict(zip(names, right, strict=True)))
+    assert all(torch.equal(value, shipped[key].half().float()) for key, value in model.state_dict().items())
+    assert right[0] < 75 and right[-1] > 475 and right == sorted(right)  # of 500; a tenth by chance
+
+    local = tmp_path / "mine"
+    save(CHECKPOINTS["gpt2"](), local)
+    save(CHECKPOINTS["gpt2"]().half(), local / "step10")
+    save(CHECKPOINTS["gpt2"](), local / "step9")
+    assert checkpoints(local) == ["step9", "step10"] and checkpoints("tiny-preln") == []
+    assert load_model(local, revision="step10")[0].dtype == torch.float16
+
+
+def test_an_unknown_checkpoint_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="revision must be one of 'step0', .*'main' for 'tiny-vit', not 'step5'"):
+        load_model("tiny-vit", revision="step5")
+    with pytest.raises(ValueError, match="revision must be one of 'main' for 'tiny-preln', not '../tiny-vit'"):
+        load_model("tiny-preln", revision="../tiny-vit")
+    with pytest.raises(ValueError, match="'gpt2' is a hub id: huggingface_hub.list_repo_refs"):
+        checkpoints("gpt2")
+    with pytest.raises(ValueError, match="No model is named 'tiny-vitt'"):
+        checkpoints("tiny-vitt")
 
 
 def test_what_cannot_be_loaded_says_the_rule_the_offender_and_the_remedy(tmp_path, monkeypatch):
