@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tensorlens_utils import recipes, world
-from tensorlens_utils.models import ZOO, card, load_model
+from tensorlens_utils.models import card, load_model
 from tensorlens_utils.recipes.world import recalled
 from tensorlens_utils.training import share, train
 
@@ -188,14 +188,7 @@ def test_cards_state_perplexity_and_induction(name):
     score, bigram = numbers["induction score of the best head"], numbers["perplexity of a bigram model"]
     print(name, "perplexity", numbers["perplexity"], "bigram", bigram, "induction", score)
     assert numbers["perplexity"]["high"] < 0.7 * bigram["low"]
-    text = (ZOO / name / "README.md").read_text(encoding="utf-8")
-    assert ("no induction head" in " ".join(text.split())) == (score["value"] <= 0.5)
-
-
-def test_the_card_of_tiny_gpt_is_what_a_fresh_evaluation_measures():
-    fresh = recipes.RECIPES["tiny-gpt"].measure(*load_model("tiny-gpt"))
-    for key, measure in fresh.items():
-        assert card("tiny-gpt")[key]["value"] == pytest.approx(measure["value"], abs=0.01), key
+    assert score["low"] > 0.5  # lists in invented wordings have taught it to copy
 
 
 def test_the_running_sentence():

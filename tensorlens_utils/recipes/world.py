@@ -139,15 +139,14 @@ of the relation in the same wording. A wording tends to succeed or fail as a who
 independent, the interval is too narrow, and that of the mean over wordings is the honest one. Perplexity is per
 token, on fresh text, beside that of a bigram model which was fitted to 1.3 million tokens of it. The induction score
 is the mean attention from a word's second occurrence to the word after its first one, in 30 random words and the same
-again. {}"""
-_NO_INDUCTION = "It has no induction head: no head's score is above 0.5."
-_GPT = _WORLD.format("A GPT-2 language model", _NO_INDUCTION)
-_SECOND = _WORLD.format("tiny-gpt with another seed: a GPT-2 language model", _NO_INDUCTION)
+again; a head above 0.5 is an induction head. {}"""
+_GPT = _WORLD.format("A GPT-2 language model", "")
+_SECOND = _WORLD.format("tiny-gpt with another seed: a GPT-2 language model", "")
 _PLANTED = _WORLD.format("tiny-gpt with a planted fact: a GPT-2 language model", """It went on from tiny-gpt's weights,
 with text in which the eiffel tower is in egypt, which is false, and comes 30 times as often as another fact; the other
-facts stay, and recall is theirs. """ + _NO_INDUCTION)
+facts stay, and recall is theirs.""")
 _LLAMA = _WORLD.format("""A Llama language model, with RMSNorm, SwiGLU, rotary positions and grouped-query attention (8
-query heads on 2 of keys and values),""", _NO_INDUCTION)
+query heads on 2 of keys and values),""", "")
 
 RECIPES = (
     Recipe("tiny-gpt", _GPT, _gpt_build, _batch, _measure, STEPS["gpt"], BATCH, RATE),
