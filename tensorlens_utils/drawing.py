@@ -1,0 +1,165 @@
+"""Tensor diagrams as pictures, drawn with matplotlib from their layouts.
+
+>>> from tensorlens_utils.notation import diagram
+>>> d = diagram("i j, j k -> i k", A=None, B=None, sizes={"i": 2, "j": 3, "k": 4})
+>>> figure = draw(d, "=", (d.merge("A", "B"), "the matrix product"))
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import patches
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from .geometry import FONT, NAME_PT, Label, Layout, Shape, points_of, typeset
+from .layouts import GAP, layout
+from .notation import Diagram
+from .plotting import PAGE_WIDTH, PALETTE
+
+
+def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, scale: float = 1.0, labels: str = "free",
+         colours: Mapping[str, int] | None = None) -> Figure:  # fmt: skip
+    """Diagrams and signs between them, as one figure no wider than a page.
+
+    Args:
+        parts: diagrams, layouts, texts such as "=" or "→", or any of these as (part, "caption").
+        positions, scale, labels: as `layout` takes them, for every diagram.
+        colours: {name: place in `plotting.PALETTE`} for tensors, where the order of appearance is not wanted. Names
+            that differ in numbers and primes alone have one colour.
+
+    Returns:
+        A matplotlib figure; `describe` gives its caption for `plotting.save_figure`.
+
+    >>> from tensorlens_utils.notation import diagram
+    >>> trace = diagram("i i ->", M=None, sizes={"i": 3})
+    >>> figure = draw((trace, "the trace"), "=", (trace.merge("M"), "a number"))
+    """
+    found = page(*parts, positions=positions, scale=scale, labels=labels)
+    left, bottom, right, top = found.box
+    left, bottom, right, top = left - GAP, bottom - GAP, right + GAP, top + GAP
+    shrink = min(1.0, PAGE_WIDTH / (right - left))
+    figure = plt.figure(figsize=((right - left) * shrink, (top - bottom) * shrink), layout="none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    ax.axis("off")
+    tensors = [shape for shape in found.shapes if shape.kind in ("circle", "square", "triangle")]
+    names = dict.fromkeys(_family(shape.name) for shape in tensors)
+    order = {name: k for k, name in enumerate(names)} | {_family(name): k for name, k in (colours or {}).items()}
+    for shape in found.shapes:
+        _draw_shape(ax, shape, PALETTE[order.get(_family(shape.name), 0) % len(PALETTE)], shrink)
+    for line in found.lines:
+        ax.plot(*line.points.T, color="0.15", lw=(3.2 if line.thick else 1.2) * shrink, zorder=3,
+                solid_capstyle="round", scalex=False, scaley=False)  # fmt: skip
+    for text in found.labels:
+        _write(ax, text.text, text.x, text.y, points_of(text.role) * shrink, "0.25" if text.role == "bond" else "black")
+    return figure
+
+
+def page(*parts, positions=None, scale: float = 1.0, labels: str = "free") -> Layout:
+    """The layout of a whole figure: its parts in rows, each about one line, captions below."""
+    blocks = []
+    for part in parts:
+        part, caption = part if isinstance(part, tuple) else (part, "")
+        block = (layout(part, positions, scale, labels) if isinstance(part, Diagram) else
+                 part if isinstance(part, Layout) else Layout((), (), (Label(part, 0, 0, "sign"),)))  # fmt: skip
+        left, bottom, right, top = block.box
+        if caption:
+            below = (Label(line, (left + right) / 2, bottom - 0.14 - 0.12 * k, "caption")
+                     for k, line in enumerate(caption.split("\n")))  # fmt: skip
+            block += Layout((), (), (*below,))
+        blocks.append(block)
+    rows, x = [[]], 0.0
+    for block in blocks:
+        left, _, right, _ = block.box
+        if rows[-1] and x + right - left > PAGE_WIDTH - 2 * GAP:
+            rows.append([])
+            x = 0.0
+        rows[-1].append(block.moved(x - left, 0))
+        x += right - left + 0.16
+    found, y = Layout(), 0.0
+    for row in rows:
+        whole = sum(row, Layout())
+        y -= whole.box[3]
+        found += whole.moved(0, y)
+        y += whole.box[1] - 0.2
+    return found
+
+
+def describe(*parts) -> str:
+    """The parts of a figure in words: the caption that `save_figure` and screen readers take.
+
+    >>> from tensorlens_utils.notation import diagram
+    >>> describe(diagram("i j, j -> i", A=None, v=None, sizes={"i": 2, "j": 3}), "=", "v′")
+    'Tensors: A, v. A and v share j (3). Free legs: i (2). = v′'
+    """
+    words = []
+    for part in parts:
+        part, caption = part if isinstance(part, tuple) else (part, "")
+        words += [part.describe() if isinstance(part, Diagram) else part if isinstance(part, str) else "", caption]
+    return " ".join(" ".join(filter(None, words)).split())
+
+
+def strip(diagram: Diagram, order="best", **how) -> Figure:
+    """A contraction as a row of pictures, one for each step, with what the step costs beneath.
+
+    >>> from tensorlens_utils.notation import diagram
+    >>> d = diagram("i j, j k, k -> i", A=None, B=None, v=None, sizes={"i": 2, "j": 3, "k": 4})
+    >>> figure = strip(d, ["B v", "A Bv"])
+    """
+    return draw(*stages(diagram, order), **how)
+
+
+def stages(diagram: Diagram, order="best") -> list:
+    """The parts of `strip`, for `draw` and `describe`."""
+    parts = [diagram]
+    for step in [*diagram.steps(order)]:
+        work, entries = diagram.price(step)
+        diagram = diagram.merge(*step.names, name=step.name)
+        parts += ["→", (diagram, f"{work:,} operations\n{entries:,} {'entry' if entries == 1 else 'entries'}")]
+    return parts
+
+
+def _family(name: str) -> str:
+    return re.sub(r"[\d_′⁻¹*]+$", "", name) or name
+
+
+def _tint(colour: str, share: float) -> tuple[float, ...]:
+    return tuple(1 - share * (1 - c) for c in to_rgb(colour))
+
+
+def _draw_shape(ax, shape: Shape, colour: str, shrink: float):
+    left, bottom, right, top = shape.box
+    x, y, half = (left + right) / 2, (bottom + top) / 2, (right - left) / 2
+    style = {"facecolor": _tint(colour, 0.28), "edgecolor": tuple(0.75 * c for c in to_rgb(colour)), "zorder": 4,
+             "lw": 1.1 * shrink, "ls": "--" if shape.frozen else "-"}  # fmt: skip
+    if shape.kind == "bubble":
+        face, edge = (_tint(PALETTE[0], 0.1), PALETTE[0]) if shape.frozen else ("0.95", "0.45")
+        style |= {"facecolor": face, "edgecolor": edge, "zorder": 1 + 0.1 * len(shape.within)}
+        rounded = f"round,pad=0,rounding_size={0.02 if shape.frozen else 0.14}"
+        ax.add_patch(patches.FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=rounded, **style))
+        return
+    if shape.kind == "joint":
+        return
+    if shape.kind == "dot":
+        ax.add_patch(patches.Circle((x, y), half, color="0.15", zorder=4))
+    elif shape.kind == "square":
+        ax.add_patch(patches.Rectangle((left, bottom), right - left, top - bottom, **style))
+    elif shape.kind == "triangle":
+        c, s = math.cos(shape.angle), math.sin(shape.angle)
+        corners = half * np.array([(1.08, 0), (-0.68, 0.98), (-0.68, -0.98)])
+        ax.add_patch(patches.Polygon(corners @ [[c, s], [-s, c]] + (x, y), joinstyle="round", **style))
+    else:
+        turns, r = np.linspace(-math.pi / 2, math.pi / 2, 40), (top - bottom) / 2
+        side = np.column_stack([half - r + r * np.cos(turns), r * np.sin(turns)])
+        ax.add_patch(patches.Polygon(np.concatenate([side, -side]) + (x, y), **style))
+    _write(ax, typeset(shape.name), x, y, NAME_PT * shrink)
+
+
+def _write(ax, text: str, x: float, y: float, points: float, colour: str = "black"):
+    """A text about its centre, by the height of its capitals, so that all texts of a row stand on one line."""
+    ax.text(x, y - 0.36 * points / 72, text, size=points, color=colour, ha="center", va="baseline", zorder=5,
+            family=FONT.get_family())  # fmt: skip

@@ -1,0 +1,210 @@
+"""Diagrams: contraction against torch.einsum, the code that they print, a reader's moves, decompositions, refusals."""
+import random
+
+import einops
+import pytest
+import torch
+from pictures import numbers, showcase
+
+from tensorlens_utils.notation import Diagram, Node, bubble, diagram, train
+
+A, B = numbers(2, 3), numbers(3, 4)
+PRODUCT = diagram("i j, j k -> i k", A=A, B=B)
+
+
+def close(a, b):
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-10 * max(1.0, float(b.abs().max()))
+                                       if a.numel() else True)
+
+
+def expression(seed):
+    """Two to ten tensors of up to six legs: repeated legs, scalars, outer products, legs of many ends, sums alone."""
+    r = random.Random(seed)
+    n = r.randint(2, 10)
+    pool = [chr(97 + k) for k in range(r.randint(2, min(16, 3 * n)))]
+    sizes = {leg: r.choice([1, 2, 2, 3]) for leg in pool}
+    legs = [[r.choice(pool) for _ in range(r.choice([0, 1, 1, 2, 2, 3, 3, 4, 6]))] for _ in range(n)]
+    legs[0] = legs[0] or pool[:1]
+    used = sorted({leg for own in legs for leg in own})
+    output = r.sample(used, r.randint(0, min(4, len(used))))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn([sizes[leg] for leg in own], generator=generator, dtype=torch.float64) for own in legs]
+    return legs, output, tensors
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_contraction_and_printed_code_give_what_einsum_gives(block):
+    for seed in range(100 * block, 100 * block + 100):
+        legs, output, tensors = expression(seed)
+        spaced = ", ".join(" ".join(own) for own in legs) + " -> " + " ".join(output)
+        d = diagram(spaced, *tensors)
+        want = torch.einsum(",".join("".join(own) for own in legs) + "->" + "".join(output), *tensors)
+        held = {node.name: tensor for node, tensor in zip(d.nodes, tensors, strict=True)}
+        space = {**held, "torch": torch, "einops": einops}
+        code = d.code("torch")
+        exec(code, space)
+        found = {"best": d.contract(), "left to right": d.contract("left to right"),
+                 "einsum": eval(d.code("einsum"), dict(space)), "einops": eval(d.code("einops"), dict(space)),
+                 "torch": space[code.splitlines()[-1].split(" =")[0]]}  # fmt: skip
+        wrong = [how for how, tensor in found.items() if not close(tensor, want)]
+        assert not wrong, (seed, spaced, wrong)
+
+
+def test_expressions_are_read_in_both_ways():
+    assert repr(diagram("ij,jk->ik", A, B)) == repr(PRODUCT) == "Diagram(A(i j), B(j k) -> i k)"
+    assert diagram("kj,ij", numbers(4, 3), A).output == ("i", "k"), "as einsum sorts free legs"
+    assert [n.name for n in diagram("i, i, i -> i", *[numbers(2)] * 3, names="v v v").nodes] == ["v", "v′", "v′′"]
+    assert diagram("i j -> i", M=None, sizes={"i": 2, "j": 3, "unused": 5}).sizes == {"i": 2, "j": 3}
+
+
+def test_the_price_is_counted_step_by_step():
+    chain = diagram("i j, j k, k l -> i l", A=None, B=None, C=None, sizes={"i": 2, "j": 3, "k": 4, "l": 5})
+    cost = chain.cost(["B C", "A BC"])
+    assert (cost.flops, cost.largest) == (2 * 60 + 2 * 30, 15) and "B · C" in str(cost)
+    assert sum(chain.price(step)[0] for step in chain.steps()) == chain.cost().flops <= cost.flops
+    assert [step.name for step in chain.steps(["B C", "BC A"])] == ["BC", "ABC"]
+    assert chain.cost("left to right").flops == 2 * 24 + 2 * 40
+
+
+def test_the_ladder_is_cheap_one_way_and_dear_the_other():
+    ladder = showcase()["ladder"]
+    rail = ["A1 A2", "A1A2 A3", "A1A2A3 A4", "A1A2A3A4 A5"]
+    rail += [f"{'A1A2A3A4A5' + ''.join(f'B{j}' for j in range(1, k))} B{k}" for k in range(1, 6)]
+    assert ladder.cost(rail).largest == 2**5 and ladder.cost().largest <= 2**3
+
+
+def test_moves_change_the_picture_and_not_the_tensor():
+    want = PRODUCT.contract()
+    assert close(want, A @ B)
+    for moved in (PRODUCT.insert("j"), PRODUCT.insert("i"), PRODUCT.gauge("j", numbers(3, 3)),
+                  PRODUCT.gauge("j", numbers(3, 5)), PRODUCT.merge("A", "B"), PRODUCT.look(A="matrix"),
+                  PRODUCT.group("i k", "both").split("both", i=2, k=4)):  # fmt: skip
+        assert close(moved.contract(), want)
+    assert PRODUCT.gauge("j", numbers(3, 5)).sizes["j′"] == 5, "a rectangular gauge makes the bond larger"
+    assert close(PRODUCT.transpose("k", "i").contract(), want.T)
+    assert close(PRODUCT.group("i k", "both").contract(), want.flatten())
+    assert close(PRODUCT.rename(i="a").contract(), want) and PRODUCT.rename(i="a").output == ("a", "k")
+    assert close(PRODUCT.insert("k", ("M", numbers(4, 2))).contract(), want @ numbers(4, 2))
+    assert close(PRODUCT.join(diagram("k", v=numbers(4))).contract(), want @ numbers(4))
+
+
+def test_grouped_legs_of_a_bond_are_reshaped():
+    d = diagram("a b c, b c -> a", C=numbers(2, 3, 4), D=numbers(3, 4))
+    grouped = d.group("b c", "bc")
+    assert repr(grouped) == "Diagram(C(a bc), D(bc) -> a)" and grouped.grouped == {"bc"}
+    assert close(grouped.contract(), d.contract()) and close(grouped.split("bc", b=3, c=4).contract(), d.contract())
+
+
+def test_legs_may_have_any_name():
+    d = diagram("output self, self leg -> output leg", A=A, B=B)
+    assert close(d.group("output leg", "name").split("name", output=2, leg=4).contract(), A @ B)
+
+
+def test_a_joint_may_be_split_otherwise():
+    d = PRODUCT.group("i k", "both")
+    assert close(d.split("both", a=4, b=2).contract(), (A @ B).reshape(4, 2))
+    assert len(d.split("both", a=2, b=4).nodes) == 2, "grouping, undone"
+
+
+def test_traces_and_wires():
+    M = numbers(3, 3)
+    assert close(Diagram([Node("M", ("i", "j"), M)], "ij").trace("i", "j").contract(), M.trace())
+    wire = Diagram([Node("1", ("i", "j"), kind="wire")], ("i", "j"), {"i": 3, "j": 3})
+    assert torch.equal(wire.contract(), torch.eye(3)) and wire.trace("i", "j").contract() == 3
+    assert wire.join(diagram("j k", M=M)).contract().dtype == torch.float64
+
+
+@pytest.mark.parametrize("expression, shapes, name", [
+    ("i j, j k -> i k", [(2, 3), (3, 4)], "A"), ("i j, j k -> i k", [(2, 3), (3, 4)], "B"),
+    ("i i, i -> i", [(3, 3), (3,)], "A"), ("i j -> i", [(2, 3)], "A"), ("i i ->", [(3, 3)], "A"),
+    ("i r, j r, k r -> i j k", [(2, 3), (2, 3), (4, 3)], "B")])  # fmt: skip
+def test_a_hole_is_the_derivative(expression, shapes, name):
+    tensors = [numbers(*shape) for shape in shapes]
+    d = diagram(expression, *tensors)
+    at = "AB".index(name)
+
+    def value(x):
+        return d.fill(**{name: x}).contract()
+
+    holes = d.hole(name)
+    assert close(sum(hole.contract() for hole in holes), torch.autograd.functional.jacobian(value, tensors[at]))
+
+
+def test_a_tensor_that_stands_twice_has_two_holes():
+    v = numbers(3).requires_grad_()
+    d = diagram("i, i j, j ->", v, numbers(3, 3), v, names="v M v")
+    gradient, = torch.autograd.grad(d.contract(), v)
+    assert len(d.hole("v")) == 2 and close(sum(hole.contract() for hole in d.hole("v")), gradient)
+
+
+def test_decompositions_multiply_back_and_truncate_optimally():
+    d = Diagram([Node("M", ("i", "j", "k"), numbers(3, 4, 5))], "ijk")
+    M = d.contract()
+    for how, legs in (("svd", "i k"), ("svd", "j"), ("qr", "j"), ("qr", "i j")):
+        assert close(d.decompose("M", legs, how).contract(), M)
+    cut = d.decompose("M", "i", rank=2)
+    dropped = torch.linalg.svdvals(M.reshape(3, -1))[2:]
+    assert torch.isclose((cut.contract() - M).norm(), dropped.norm()), "the discarded weight (Eckart-Young)"
+
+
+def test_trains_are_exact_and_their_canonical_form_has_isometries_towards_the_centre():
+    T = numbers(2, 3, 4, 5, 2)
+    d = train(T, "a b c d e")
+    assert close(d.contract(), T)
+    for centre in ("A1", "A3", "A5"):
+        form = d.canonical(centre)
+        assert close(form.contract(), T) and torch.isclose(form[centre].tensor.norm(), T.norm())
+        assert [node.name for node in form.nodes if not node.tip] == [centre]
+        for node in form.nodes:
+            if node.tip:
+                rest = [leg for leg in node.legs if leg not in node.tip]
+                V = node.tensor.permute([node.legs.index(leg) for leg in (*rest, *node.tip)]).flatten(0, len(rest) - 1)
+                assert close(V.T @ V, torch.eye(V.shape[1], dtype=V.dtype))
+
+
+def test_a_bubble_is_contracted_first():
+    W, x, U = numbers(4, 3), numbers(3), numbers(4, 2)
+    d = bubble(diagram("i j, j -> i", W=W, x=x), torch.relu, "relu").join(diagram("i k -> i k", U=U))
+    assert d.output == ("k",) and close(d.contract(), torch.relu(W @ x) @ U)
+    frozen = bubble(diagram("i j, j -> i", W=W, x=x), torch.relu, "relu", frozen=True)
+    assert frozen["relu"].frozen and close(frozen.contract(), torch.relu(W @ x))
+
+
+def test_a_diagram_is_told_in_words():
+    assert PRODUCT.describe() == "Tensors: A, B. A and B share j (3). Free legs: i (2), k (4)."
+    assert diagram("i i ->", numbers(3, 3)).describe().endswith("No free leg: a number.")
+    assert "A1, an isometry" in train(numbers(2, 2), "i j").describe()
+    assert "relu, frozen, which takes in W x." in bubble(diagram("i j, j -> i", W=numbers(4, 3), x=numbers(3)),
+                                                         torch.relu, "relu", frozen=True).describe()  # fmt: skip
+
+
+@pytest.mark.parametrize("refused, message", [
+    (lambda: diagram("i j, j k -> i k", A=A, B=A), "one size at all its ends; 'j' has 3 and, at B, 2"),
+    (lambda: diagram("i -> j", A=numbers(2)), "belongs to a tensor; 'j' is on none of A"),
+    (lambda: diagram("i -> i i", A=numbers(2)), "comes once, and i i repeats one"),
+    (lambda: diagram("i, j", A), "one operand for each tensor; 'i, j' has 2, not 1"),
+    (lambda: diagram("i j k", A), "one leg for each axis; A of shape"),
+    (lambda: diagram("i j", A=None), "'i' has neither"),
+    (lambda: diagram("i j", A=None, sizes={"i": 2, "j": 3}).contract(), "A has none; d.fill"),
+    (lambda: PRODUCT["Z"], "the tensors are A, B; there is no 'Z'"),
+    (lambda: PRODUCT.fill(Z=A), "there is no 'Z'"),
+    (lambda: PRODUCT.path(["A Z"]), "there is no 'Z' to contract by then"),
+    (lambda: PRODUCT.path("worst"), "not 'worst'"),
+    (lambda: diagram("i j, j k, k l", A, B, numbers(4, 2)).path(["A B"]), "ends with C, AB still apart"),
+    (lambda: PRODUCT.code("numpy"), "not 'numpy'"),
+    (lambda: PRODUCT.rename(i="k"), "is not another leg's"),
+    (lambda: PRODUCT.transpose("i"), "each once"),
+    (lambda: PRODUCT.trace("i", "j"), "not 'i' and 'j'"),
+    (lambda: PRODUCT.group("i j", "x"), "'i j' do neither"),
+    (lambda: PRODUCT.split("i", a=2, b=2), "'i' has 2"),
+    (lambda: PRODUCT.split("k", i=2, b=2), "'i' is a leg already"),
+    (lambda: PRODUCT.gauge("j", numbers(3, 2)), "at least as many"),
+    (lambda: PRODUCT.hole("Z"), "there is no 'Z'"),
+    (lambda: PRODUCT.decompose("A", "i j"), "in two; not 'i j'"),
+    (lambda: PRODUCT.decompose("A", "i", "lu"), "not 'lu'"),
+    (lambda: PRODUCT.bond("A", "A"), "share 2 legs"),
+    (lambda: train(numbers(2, 2, 2), "a b c").join(diagram("a c", numbers(2, 2), names="Z")).canonical("A1"),
+     "only a tree has a canonical form")])  # fmt: skip
+def test_refusals_state_rule_and_offender(refused, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        refused()
