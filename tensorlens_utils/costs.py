@@ -152,12 +152,11 @@ def machine(device: torch.device | str = "cpu") -> dict:
             "gigaflops_per_second": 5 * 2 * 2048**3 / shortest / 1e9}  # fmt: skip
 
 
-def dense_gigabytes(L: int, D: int, outputs: int | None = None, bytes: int = 4) -> dict[str, float]:
-    """GB of T (L, D', L, D), of one slice (D', L, D) and of one row (L, D), D' being ``outputs`` or else D.
+def dense_gigabytes(L: int, D: int, bytes: int = 4) -> dict[str, float]:
+    """GB of T (L, D', L, D), of one slice (D', L, D) and of one row (L, D), where D' = D.
 
     >>> dense_gigabytes(1024, 768)["T"]
     2473.9
     """
-    outputs = outputs or D
-    sizes = {"T": L * outputs * L * D, "slice": outputs * L * D, "row": L * D}
+    sizes = {"T": L * D * L * D, "slice": D * L * D, "row": L * D}
     return {key: float(f"{size * bytes / 1e9:.5g}") for key, size in sizes.items()}

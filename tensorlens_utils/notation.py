@@ -1,4 +1,5 @@
-"""Tensor diagrams: one object that is contracted, priced, printed as code and drawn, so that none of them can disagree.
+"""Tensor diagrams: one object that is contracted, priced, printed (printing.py) and drawn (drawing.py), so that none of
+these can disagree.
 
 A tensor is a node, each of its axes a leg with a name. A leg that two tensors share is summed over, and drawn as a line
 between them; a leg of the output is free, and reaches out to the side. A leg with more ends than two is a copy tensor,
@@ -8,8 +9,6 @@ drawn as a dot: at all its ends the index is the same. (Graphical tensor notatio
 >>> d = diagram("i j, j k -> i k", A=A, B=B)
 >>> bool(torch.allclose(d.contract(), A @ B))
 True
->>> print(d.code("einops"))
-einops.einsum(A, B, "i j, j k -> i k")
 """
 
 import math
@@ -147,7 +146,7 @@ class Diagram:
 
     # -- contraction
 
-    def _operands(self) -> tuple[list[Node], dict[str, str]]:
+    def operands(self) -> tuple[list[Node], dict[str, str]]:
         """The tensors that a contraction multiplies, and what each leg is called in it: a wire renames, if it can."""
         stands = {leg: leg for leg in self.sizes}
         nodes = []
@@ -166,7 +165,7 @@ class Diagram:
 
     def path(self, order="best") -> list[tuple[int, ...]]:
         """``order`` as opt_einsum's list of positions: "best", "left to right", or pairs such as ["A B", "AB C"]."""
-        nodes, stands = self._operands()
+        nodes, stands = self.operands()
         if order == "best":
             letters = {leg: opt_einsum.get_symbol(i) for i, leg in enumerate(self.sizes)}
             inputs = ["".join(letters[stands[leg]] for leg in node.legs) for node in nodes]
@@ -191,7 +190,7 @@ class Diagram:
 
     def steps(self, order="best") -> Iterator[Step]:
         """The contraction, step by step."""
-        nodes, stands = self._operands()
+        nodes, stands = self.operands()
         held = [((k,), tuple(stands[leg] for leg in node.legs)) for k, node in enumerate(nodes)]
         path = self.path(order)
         for k, positions in enumerate(path):
@@ -206,11 +205,11 @@ class Diagram:
 
     def contract(self, order="best") -> Tensor:
         """The tensor that the diagram stands for, its axes in the order of ``output``."""
-        nodes, _ = self._operands()
+        nodes, _ = self.operands()
         held = [node.numbers(self.sizes) for node in nodes]
         if empty := [node.name for node, tensor in zip(nodes, held, strict=True) if tensor is None]:
             raise ValueError(f"a contraction needs numbers, and {', '.join(empty)} has none; d.fill({empty[0]}=...) "
-                             "gives them, and d.cost() and d.code() need none")  # fmt: skip
+                             "gives them, and d.cost() and code(d) need none")  # fmt: skip
         like = next((node.tensor for node in nodes if node.tensor is not None), held[0])
         held = [tensor.to(like) if node.tensor is None else tensor for node, tensor in zip(nodes, held, strict=True)]
         for step in self.steps(order):
@@ -237,30 +236,6 @@ class Diagram:
         return Cost(flops, largest, "\n".join([
             f"{'contract':28}{'legs left':28}{'operations':>16}{'entries':>14}", *rows,
             f"{'in all; the largest':56}{flops:>16,}{largest:>14,}"]))  # fmt: skip
-
-    def code(self, kind: str = "einsum", order="best") -> str:
-        """The contraction as a line of "einsum" or "einops", or as "torch", pair by pair; tensors by their names."""
-        nodes, stands = self._operands()
-        names = [_identifier(node.name) for node in nodes]
-        legs = [[stands[leg] for leg in node.legs] for node in nodes]
-        if kind == "einops":
-            inputs = ", ".join(" ".join(map(_identifier, own)) for own in legs)
-            return f'einops.einsum({", ".join(names)}, "{inputs} -> {" ".join(map(_identifier, self.output))}")'
-        if kind == "einsum":
-            used = list(dict.fromkeys(leg for own in legs for leg in own))
-            if len(used) > 52:
-                raise ValueError(f'torch.einsum has 52 letters, and this has {len(used)} legs; use code("torch")')
-            letters = dict(zip(used, _letters(used), strict=True))
-            inputs = ",".join("".join(letters[leg] for leg in own) for own in legs)
-            return f'torch.einsum("{inputs}->{"".join(letters[leg] for leg in self.output)}", {", ".join(names)})'
-        if kind != "torch":
-            raise ValueError(f'code is "einsum", "einops" or "torch", not {kind!r}')
-        held, lines = list(names), []
-        for step in self.steps(order):
-            taken = [held.pop(i) for i in reversed(step.positions)][::-1]
-            held.append("".join(taken) if len(taken) > 1 else f"{taken[0]}_")
-            lines.append(f"{held[-1]} = {_torch_step(taken, step)}")
-        return "\n".join(lines)
 
     # -- a reader's moves; each gives another diagram
 
@@ -519,7 +494,7 @@ def train(tensor: Tensor, legs: str, rank: int | None = None, name: str = "A") -
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- names and code
+# ---------------------------------------------------------------------------------------------------- names and legs
 
 
 def _aside(node: Node) -> str:
@@ -562,52 +537,3 @@ def _grouped(node: Node, parts: tuple[str, ...], into: str) -> Node:
         tensor = tensor.flatten(len(before), len(before) + len(parts) - 1)
     tip = tuple(dict.fromkeys(into if leg in parts else leg for leg in node.tip))
     return replace(node, legs=legs, tensor=tensor, tip=tip)
-
-
-def _identifier(name: str) -> str:
-    name = name.replace("⁻¹", "inv").replace("′", "p").replace("*", "s")
-    name = "".join(c if c.isalnum() or c == "_" else "" for c in name).strip("_")
-    return name if name.isidentifier() else f"n{name}"
-
-
-def _letters(legs: list[str]) -> list[str]:
-    """A letter for each leg: its own first one where it is free."""
-    free = [c for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    out = []
-    for leg in legs:
-        out.append(leg[0] if leg[0] in free else free[0])
-        free.remove(out[-1])
-    return out
-
-
-def _torch_step(names: list[str], step: Step) -> str:
-    """One step in plain torch: a tensordot, or, where a leg is shared and stays, a product that broadcasts."""
-    operands = []
-    for k, (name, legs) in enumerate(zip(names, step.taken, strict=True)):
-        legs, elsewhere = list(legs), {leg for j, own in enumerate(step.taken) if j != k for leg in own}
-        for leg in [x for x, n in Counter(legs).items() if n > 1]:  # a diagonal
-            while legs.count(leg) > 1:
-                a = legs.index(leg)
-                b = legs.index(leg, a + 1)
-                name = f"{name}.diagonal(dim1={a}, dim2={b})"
-                legs = [x for i, x in enumerate(legs) if i not in (a, b)] + [leg]
-        if alone := [i for i, leg in enumerate(legs) if leg not in step.legs and leg not in elsewhere]:
-            name, legs = f"{name}.sum({tuple(alone)})", [leg for i, leg in enumerate(legs) if i not in alone]
-        operands.append((name, legs))
-    if len(operands) == 1:
-        return _permuted(*operands[0], step.legs)
-    (A, a), (B, b) = operands
-    summed = [leg for leg in a if leg in b and leg not in step.legs]
-    if set(a) & set(b) == set(summed):
-        code = f"torch.tensordot({A}, {B}, ({[a.index(x) for x in summed]}, {[b.index(x) for x in summed]}))"
-        return _permuted(code, [x for x in (*a, *b) if x not in summed], step.legs)
-    order = [*step.legs, *summed]
-    left, right = (_permuted(name, legs, [x for x in order if x in legs])
-                   + f"[{', '.join(':' if x in legs else 'None' for x in order)}]" for name, legs in operands)
-    total = f".sum({tuple(range(len(step.legs), len(order)))})" if summed else ""
-    return f"({left} * {right}){total}"
-
-
-def _permuted(name: str, legs: Sequence[str], order: Sequence[str]) -> str:
-    where = [list(legs).index(leg) for leg in order]
-    return name if where == sorted(where) else f"{name}.permute({', '.join(map(str, where))})"

@@ -7,6 +7,7 @@ agree, and what came to depend on X unseen is refused.
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rules import diagonal, functional, ratio, registered, rule_of, settled_linear, shape_only, slope
+from .rules import diagonal, ratio, registered, rule_of, settled_linear, shape_only, slope
 from .tape import Ref, Tape, leaves, map_leaves
 from .tensor import Cut
 from .values import Call, Tag, UnsupportedOperation, base_of, dependent, title, to_ref
@@ -235,6 +236,19 @@ class Recorder(TorchFunctionMode):
             f"{what} (in {self.module()}). Nothing is guessed: teach it by register_rule(function_or_module_class, "
             "rule), the rule being linear, elementwise, softmax, choice or your own function of (recorder, call)"
         )
+
+
+def functional(name: str) -> Callable:
+    """What ``name_`` does in place, as a function of the old value."""
+    own = {"setitem": _setitem, "zero": torch.zeros_like, "fill": torch.full_like,
+           "copy": lambda t, source, *_: source.to(t.dtype).expand_as(t).clone()}  # fmt: skip
+    return own.get(name) or getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name)
+
+
+def _setitem(t, index, value):
+    t = t.clone()
+    t[index] = value
+    return t
 
 
 def foreign(t: Tensor) -> bool:

@@ -501,16 +501,3 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
     if python and ("inplace" in func.__code__.co_varnames or name not in RULES or func is F.batch_norm):
         return composite, name, False
     return RULES.get(name), name, inplace
-
-
-def functional(name: str) -> Callable:
-    """What ``name_`` does in place, as a function of the old value."""
-    own = {"setitem": _setitem, "zero": torch.zeros_like, "fill": torch.full_like,
-           "copy": lambda t, source, *_: source.to(t.dtype).expand_as(t).clone()}  # fmt: skip
-    return own.get(name) or getattr(Tensor, name, None) or getattr(torch, name, None) or getattr(F, name)
-
-
-def _setitem(t, index, value):
-    t = t.clone()
-    t[index] = value
-    return t

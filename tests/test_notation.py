@@ -7,6 +7,7 @@ import torch
 from pictures import numbers, showcase
 
 from tensorlens_utils.notation import Diagram, Node, bubble, diagram, train
+from tensorlens_utils.printing import code
 
 A, B = numbers(2, 3), numbers(3, 4)
 PRODUCT = diagram("i j, j k -> i k", A=A, B=B)
@@ -41,13 +42,24 @@ def test_contraction_and_printed_code_give_what_einsum_gives(block):
         want = torch.einsum(",".join("".join(own) for own in legs) + "->" + "".join(output), *tensors)
         held = {node.name: tensor for node, tensor in zip(d.nodes, tensors, strict=True)}
         space = {**held, "torch": torch, "einops": einops}
-        code = d.code("torch")
-        exec(code, space)
+        steps = code(d, "torch")
+        exec(steps, space)
         found = {"best": d.contract(), "left to right": d.contract("left to right"),
-                 "einsum": eval(d.code("einsum"), dict(space)), "einops": eval(d.code("einops"), dict(space)),
-                 "torch": space[code.splitlines()[-1].split(" =")[0]]}  # fmt: skip
+                 "einsum": eval(code(d, "einsum"), dict(space)), "einops": eval(code(d, "einops"), dict(space)),
+                 "torch": space[steps.splitlines()[-1].split(" =")[0]]}  # fmt: skip
         wrong = [how for how, tensor in found.items() if not close(tensor, want)]
         assert not wrong, (seed, spaced, wrong)
+
+
+@pytest.mark.parametrize("kind", ["einsum", "einops", "torch"])
+def test_printed_names_are_told_apart(kind):
+    """AB is a tensor of its own, and what A and B contract to; j′ and jp would both be spelt jp."""
+    d = diagram("i j′, j′ jp, jp k -> i k", numbers(2, 3), numbers(3, 4), numbers(4, 2), names="A B AB")
+    space = {node.name: node.tensor for node in d.nodes} | {"torch": torch, "einops": einops}
+    lines = code(d, kind, "left to right").splitlines()
+    for line in lines[:-1]:
+        exec(line, space)
+    assert close(eval(lines[-1].partition(" = ")[2] or lines[-1], space), d.contract())
 
 
 def test_expressions_are_read_in_both_ways():
@@ -191,7 +203,7 @@ def test_a_diagram_is_told_in_words():
     (lambda: PRODUCT.path(["A Z"]), "there is no 'Z' to contract by then"),
     (lambda: PRODUCT.path("worst"), "not 'worst'"),
     (lambda: diagram("i j, j k, k l", A, B, numbers(4, 2)).path(["A B"]), "ends with C, AB still apart"),
-    (lambda: PRODUCT.code("numpy"), "not 'numpy'"),
+    (lambda: code(PRODUCT, "numpy"), "not 'numpy'"),
     (lambda: PRODUCT.rename(i="k"), "is not another leg's"),
     (lambda: PRODUCT.transpose("i"), "each once"),
     (lambda: PRODUCT.trace("i", "j"), "not 'i' and 'j'"),

@@ -17,7 +17,6 @@ from .induction import induction_scores
 
 WIDTH, LAYERS, HEADS = 128, 4, 8
 BATCH, RATE = 8, 3e-3  # small batches: facts are learned in fewer tokens
-STEPS = {"gpt": 7500, "llama": 5000}  # rotary positions learn what a list asks for in fewer
 SHOTS = 4  # examples in the few-shot prompts that recall is measured with
 PERIOD = 30  # words in the repeated sequences that induction is measured with
 BIGRAM_ROWS = 10_000  # of text, 1.3 million tokens, that the bigram model is fitted to
@@ -139,19 +138,19 @@ of the relation in the same wording. A wording tends to succeed or fail as a who
 independent, the interval is too narrow, and that of the mean over wordings is the honest one. Perplexity is per
 token, on fresh text, beside that of a bigram model which was fitted to 1.3 million tokens of it. The induction score
 is the mean attention from a word's second occurrence to the word after its first one, in 30 random words and the same
-again; a head above 0.5 is an induction head. {}"""
-_GPT = _WORLD.format("A GPT-2 language model", "")
-_SECOND = _WORLD.format("tiny-gpt with another seed: a GPT-2 language model", "")
-_PLANTED = _WORLD.format("tiny-gpt with a planted fact: a GPT-2 language model", """It went on from tiny-gpt's weights,
-with text in which the eiffel tower is in egypt, which is false, and comes 30 times as often as another fact; the other
-facts stay, and recall is theirs.""")
+again; a head above 0.5 is an induction head."""
+_GPT = _WORLD.format("A GPT-2 language model")
+_SECOND = _WORLD.format("tiny-gpt with another seed: a GPT-2 language model")
+_PLANTED = _WORLD.format("tiny-gpt with a planted fact: a GPT-2 language model") + """ It went on from tiny-gpt's
+weights, with text in which the eiffel tower is in egypt, which is false, and comes 30 times as often as another fact;
+the other facts stay, and recall is theirs."""
 _LLAMA = _WORLD.format("""A Llama language model, with RMSNorm, SwiGLU, rotary positions and grouped-query attention (8
-query heads on 2 of keys and values),""", "")
+query heads on 2 of keys and values),""")
 
 RECIPES = (
-    Recipe("tiny-gpt", _GPT, _gpt_build, _batch, _measure, STEPS["gpt"], BATCH, RATE),
-    Recipe("tiny-gpt-b", _SECOND, _gpt_build, _batch, _measure, STEPS["gpt"], BATCH, RATE, seed=1),
+    Recipe("tiny-gpt", _GPT, _gpt_build, _batch, _measure, 7500, BATCH, RATE),
+    Recipe("tiny-gpt-b", _SECOND, _gpt_build, _batch, _measure, 7500, BATCH, RATE, seed=1),
     Recipe("tiny-gpt-planted", _PLANTED, _gpt_build, partial(_batch, plant=True), partial(_measure, plant=True), 500,
            BATCH, 1e-3, start="tiny-gpt"),
-    Recipe("tiny-llama", _LLAMA, _llama_build, _batch, _measure, STEPS["llama"], BATCH, RATE),
+    Recipe("tiny-llama", _LLAMA, _llama_build, _batch, _measure, 5000, BATCH, RATE),
 )

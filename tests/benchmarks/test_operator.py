@@ -12,7 +12,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensorlens_utils import linearize
-from tensorlens_utils.costs import machine, seconds
+from tensorlens_utils.costs import WAYS, machine, seconds
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,8 @@ def test_exact_slice_against_jacfwd_and_autograd(benchmark, device, gpt2):
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1e6
     rate = (before["gigaflops_per_second"] + machine(device)["gigaflops_per_second"]) / 2
 
-    some = 32  # tangents, of the 64 x 768 that jacfwd takes; they are timed as jacfwd runs them, vectorised
-
-    def tangents():
-        V = torch.zeros(some, *X.shape, device=device)
-        V.view(some, -1)[:, :some].fill_diagonal_(1)
-        torch.func.vmap(lambda v: torch.func.jvp(frozen, (X,), (v,))[1])(V)
-
-    jacfwd = min(seconds(tangents, device) for _ in range(2)) * X.numel() / some
+    some, (tangents, products, _) = 32, WAYS["forward mode"]  # of the 64 x 768 that jacfwd takes, vectorised like it
+    jacfwd = min(seconds(lambda: tangents(T, some), device) for _ in range(2)) * products(T) / some
 
     rows = 16  # outputs, of the 768 that autograd.functional.jacobian takes, one backward pass each
     def by_rows():
