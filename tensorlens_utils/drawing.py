@@ -21,8 +21,16 @@ from .notation import Diagram
 from .plotting import PAGE_WIDTH, PALETTE
 
 
+class Picture(Figure):
+    """A figure that a notebook shows once: by pyplot at the end of its cell, or, after that, where it is asked for."""
+
+    def _ipython_display_(self):
+        if not plt.fignum_exists(self.number):
+            raise NotImplementedError  # closed by pyplot: shown like any other figure
+
+
 def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, scale: float = 1.0, labels: str = "free",
-         colours: Mapping[str, int] | None = None) -> Figure:  # fmt: skip
+         colours: Mapping[str, int] | None = None, ax=None) -> Figure:  # fmt: skip
     """Diagrams and signs between them, as one figure no wider than a page.
 
     Args:
@@ -30,6 +38,7 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
         positions, scale, labels: as `layout` takes them, for every diagram.
         colours: {name: place in `plotting.PALETTE`} for tensors, where the order of appearance is not wanted. Names
             that differ in numbers and primes alone have one colour.
+        ax: matplotlib axes to draw into, such as one of several panels; texts shrink where it is narrow.
 
     Returns:
         A matplotlib figure; `describe` gives its caption for `plotting.save_figure`.
@@ -41,10 +50,20 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
     found = page(*parts, positions=positions, scale=scale, labels=labels)
     left, bottom, right, top = found.box
     left, bottom, right, top = left - GAP, bottom - GAP, right + GAP, top + GAP
-    shrink = min(1.0, PAGE_WIDTH / (right - left))
-    figure = plt.figure(figsize=((right - left) * shrink, (top - bottom) * shrink), layout="none")
-    ax = figure.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(left, right), ylim=(bottom, top))
+    width, height = right - left, top - bottom
+    if ax is None:
+        shrink = min(1.0, PAGE_WIDTH / width)
+        figure = plt.figure(figsize=(width * shrink, height * shrink), layout="none", FigureClass=Picture)
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(left, right), ylim=(bottom, top))
+    else:
+        figure = ax.figure
+        figure.draw_without_rendering()  # only now is it known how large the axes are
+        wide, high = ax.get_position().size * figure.get_size_inches()
+        shrink = min(1.0, wide / width, high / height)
+        x, y, half, tall = (left + right) / 2, (bottom + top) / 2, wide / shrink / 2, high / shrink / 2
+        ax.set(xlim=(x - half, x + half), ylim=(y - tall, y + tall))
+        ax.set_aspect("equal")
     ax.axis("off")
     tensors = [shape for shape in found.shapes if shape.kind in ("circle", "square", "triangle")]
     names = dict.fromkeys(_family(shape.name) for shape in tensors)

@@ -89,6 +89,9 @@ class Diagram:
             if node.tensor is not None and node.tensor.dim() != len(node.legs):
                 raise ValueError(f"a tensor has one leg for each axis; {node.name} of shape {tuple(node.tensor.shape)} "
                                  f"has the legs {' '.join(node.legs) or 'none'}")  # fmt: skip
+            if node.inner is not None and len(given) != len(node.legs):
+                raise ValueError(f"the legs of a bubble are those that leave what it holds, and {node.name} holds a "
+                                 f"tensor with {' '.join(node.inner.output)}; insert a joint behind it, or merge it")
             for leg, size in zip(node.legs, given, strict=False):
                 if self.sizes.setdefault(leg, size) != size:
                     raise ValueError(f"a leg has one size at all its ends; {leg!r} has {self.sizes[leg]} and, at "
