@@ -65,26 +65,30 @@ class Measure:
         cos = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-9)
         span = P.max(-2) - P.min(-2)
         backwards = (P[..., self.ends[0], 0] - P[..., self.ends[1], 0]).clip(0)
-        shape = 0.12 * span[..., 1] + 0.04 * span[..., 0] + 6 * (span[..., 0] - self.columns).clip(0) + 0.3 * backwards
-        looks = (2 * np.hypot(1, length - 1) - 2 + 0.5 * slanted).sum(-1) + (0.6 * straight * (1 + cos)).sum(-1)
+        shape = 0.24 * span[..., 1] + 0.04 * span[..., 0] + 6 * (span[..., 0] - self.columns).clip(0) + 0.3 * backwards
+        looks = (2 * np.hypot(1, length - 1) - 2 + 2 * slanted).sum(-1) + (0.6 * straight * (1 + cos)).sum(-1)
         looks += 0.5 * np.abs(2 * P - np.round(2 * P)).mean((-1, -2))  # a grid, where it does no harm
         return 30 * self.crossed(P) + self.crowded(P) + looks + (4 * (cos - 0.75).clip(0)).sum(-1) + shape
 
 
-def arrange(graph: nx.Graph, ends: tuple[int, int], leaves_out: bool = False, columns: float = 99,
+def arrange(graph: nx.Graph, ends: tuple[int, int], outside: bool = False, columns: float = 99,
             pinned: Mapping[int, np.ndarray] | None = None) -> np.ndarray:  # fmt: skip
     """Places (n, 2) for the vertices 0..n-1 of a connected graph, neighbours about one apart.
 
-    ``ends`` are the tensors of the first and the last output leg, which go left and right; ``leaves_out``: all free
-    legs are at the leaves; ``columns`` bounds the width; ``pinned`` vertices stay where they are put.
+    ``ends`` are the tensors of the first and the last output leg, which go left and right; ``outside``: all free
+    legs are at the leaves, of a ring at the ends; ``columns`` bounds the width; ``pinned`` vertices stay where they
+    are put.
     """
     n, measure = len(graph), Measure(graph, ends, columns)
     if n <= 1:
         return np.array([pinned[0]] if pinned else np.zeros((n, 2)), float)
     if not pinned and n > 2 and all(d == 2 for _, d in graph.degree):
-        near = ends[1] in (ends[0], *graph[ends[0]])
-        return _ring(graph) if near else _upright(_ring(graph), ends)
-    if not pinned and leaves_out and nx.is_tree(graph) and max(d for _, d in graph.degree) > 2:
+        P, near = _ring(graph), ends[1] in (ends[0], *graph[ends[0]])
+        if outside and not near:  # one end to the left and one to the right, where they are opposite
+            x, y = P[ends[1]] - P[ends[0]]
+            P = P @ np.array([[x, -y], [y, x]]) / math.hypot(x, y)
+        return P if near else _upright(P, ends)
+    if not pinned and outside and nx.is_tree(graph) and max(d for _, d in graph.degree) > 2:
         return _tidy(graph)
     found = list(_candidates(graph, ends, columns))
     if pinned:
@@ -246,8 +250,10 @@ def _upright(P: np.ndarray, ends: tuple[int, int]) -> np.ndarray:
     """Turned over so that it reads from the first to the last, left to right and top down."""
     rank = np.arange(len(P)) - (len(P) - 1) / 2
     wide, high = (len(np.unique(np.round(x, 3))) for x in P.T)
-    if wide == high > 1 and wide * high == len(P) and abs(rank @ P[:, 0]) > abs(rank @ P[:, 1]):
-        P = P[:, ::-1]  # a square grid, written column by column
+    aside, deep = np.abs(P[ends[1]] - P[ends[0]]).round(6)
+    written = abs(rank @ P[:, 1]) - abs(rank @ P[:, 0])  # a square grid by its rows, or by its columns
+    if wide == high > 1 and wide * high == len(P) and (aside, written) < (deep, 0):
+        P = P[:, ::-1]
     sideways = P[ends[1], 0] - P[ends[0], 0]
     x = sideways if abs(sideways) > 1e-6 else rank @ P[:, 0]
     P = P * (1 if x >= -1e-6 else -1, -1 if rank @ P[:, 1] > 1e-6 else 1)

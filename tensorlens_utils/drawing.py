@@ -16,17 +16,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from .geometry import FONT, NAME_PT, Label, Layout, Shape, points_of, typeset
-from .layouts import GAP, layout
+from .layouts import GAP, held, layout
 from .notation import Diagram
 from .plotting import PAGE_WIDTH, PALETTE
 
 
 class Picture(Figure):
-    """A figure that a notebook shows once: by pyplot at the end of its cell, or, after that, where it is asked for."""
+    """A figure that a notebook shows once: where a cell ends in it, or by pyplot at the end of the cell."""
 
     def _ipython_display_(self):
-        if not plt.fignum_exists(self.number):
-            raise NotImplementedError  # closed by pyplot: shown like any other figure
+        plt.close(self)  # pyplot would show it a second time
+        raise NotImplementedError  # and now as any other figure is
 
 
 def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, scale: float = 1.0, labels: str = "free",
@@ -35,7 +35,7 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
 
     Args:
         parts: diagrams, layouts, texts such as "=" or "→", or any of these as (part, "caption").
-        positions, scale, labels: as `layout` takes them, for every diagram.
+        positions, scale, labels: as `layout` takes them, for every diagram; each has the positions of what is in it.
         colours: {name: place in `plotting.PALETTE`} for tensors, where the order of appearance is not wanted. Names
             that differ in numbers and primes alone have one colour.
         ax: matplotlib axes to draw into, such as one of several panels; texts shrink where it is narrow.
@@ -80,10 +80,10 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
 
 def page(*parts, positions=None, scale: float = 1.0, labels: str = "free") -> Layout:
     """The layout of a whole figure: its parts in rows, each about one line, captions below."""
-    blocks = []
-    for part in parts:
-        part, caption = part if isinstance(part, tuple) else (part, "")
-        block = (layout(part, positions, scale, labels) if isinstance(part, Diagram) else
+    pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    blocks, pins = [], iter(held([part for part, _ in pairs if isinstance(part, Diagram)], positions))
+    for part, caption in pairs:
+        block = (layout(part, next(pins), scale, labels) if isinstance(part, Diagram) else
                  part if isinstance(part, Layout) else Layout((), (), (Label(part, 0, 0, "sign"),)))  # fmt: skip
         left, bottom, right, top = block.box
         if caption:
@@ -161,11 +161,11 @@ def _draw_shape(ax, shape: Shape, colour: str, shrink: float):
         rounded = f"round,pad=0,rounding_size={0.02 if shape.frozen else 0.14}"
         ax.add_patch(patches.FancyBboxPatch((left, bottom), right - left, top - bottom, boxstyle=rounded, **style))
         return
-    if shape.kind == "joint":
-        return
     if shape.kind == "dot":
         ax.add_patch(patches.Circle((x, y), half, color="0.15", zorder=4))
-    elif shape.kind == "square":
+    if shape.kind in ("joint", "dot"):
+        return
+    if shape.kind == "square":
         ax.add_patch(patches.Rectangle((left, bottom), right - left, top - bottom, **style))
     elif shape.kind == "triangle":
         c, s = math.cos(shape.angle), math.sin(shape.angle)

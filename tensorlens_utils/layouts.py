@@ -8,7 +8,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import NamedTuple
@@ -45,7 +45,8 @@ DIRECTIONS = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), *((x * DIAGONAL, y * DI
 
 @dataclass
 class Vertex:
-    """A tensor before it has a place: its box about (0, 0), and, of a bubble, where the legs of ``inner`` leave it."""
+    """A tensor, or a dot with its leg's name, before it has a place: its box about (0, 0), and, of a bubble, where the
+    legs of ``inner`` leave it."""
 
     name: str
     kind: str
@@ -76,6 +77,7 @@ def _picture(diagram: Diagram) -> tuple[list[Vertex], list[Leg]]:
             for axis, leg in enumerate(node.legs):
                 ends.setdefault(root[leg], []).append((len(vertices), axis))
             vertices.append(_vertex(node))
+    taken = {vertex.name for vertex in vertices}
     thick = diagram.grouped | {node.legs[-1] for node in diagram.nodes if node.kind == "joint"}
     legs = []
     for leg in dict.fromkeys(root.values()):
@@ -84,7 +86,8 @@ def _picture(diagram: Diagram) -> tuple[list[Vertex], list[Leg]]:
         if len(at) + len(out) != 2 or not at:
             kind, r = ("wire", 0.0) if len(at) + len(out) in (0, 2) else ("dot", DOT)
             own = len(vertices)
-            vertices.append(Vertex("", kind, (-r, -r, r, r)))
+            name = leg if kind == "dot" and leg not in taken else ""
+            vertices.append(Vertex(name, kind, (-r, -r, r, r)))
             legs += [Leg(leg, (end, (own, 0)), wide) for end in at or [(own, 0)] * (not out)]
             legs += [Leg(leg, ((own, 0),), wide, x) for x in out]
         else:
@@ -137,13 +140,14 @@ def layout(diagram: Diagram, positions: Mapping[str, tuple[float, float]] | None
 
     Args:
         diagram: what to draw.
-        positions: {name: (x, y)} of tensors to hold in place, neighbours about one apart; all others find theirs.
+        positions: {name: (x, y)} of tensors, or of dots by their leg's name, to hold in place, neighbours about one
+            apart; all others find theirs.
         scale: of the distances between tensors; texts keep their size.
         labels: "free": all legs have their names, the free ones their sizes also; "all": all have both; "names": names
             alone; "none": nothing but tensors' names.
 
     Raises:
-        ValueError: for a position of a tensor that is not there, or labels of another word.
+        ValueError: for a position of what is not there, or labels of another word.
 
     >>> from tensorlens_utils.notation import diagram
     >>> d = diagram("i j, j k -> i k", A=None, B=None, sizes={"i": 2, "j": 3, "k": 4})
@@ -153,9 +157,7 @@ def layout(diagram: Diagram, positions: Mapping[str, tuple[float, float]] | None
     if labels not in ("free", "all", "names", "none", "inner"):
         raise ValueError(f'labels are "free", "all", "names" or "none", not {labels!r}')
     vertices, legs = _picture(diagram)
-    if stray := [name for name in positions or () if name not in {v.name for v in vertices if v.node}]:
-        raise ValueError(f"a position is a tensor's, one of {', '.join(v.name for v in vertices if v.node)}; there is "
-                         f"no {stray[0]!r}")  # fmt: skip
+    (positions,) = held([diagram], positions)
     whole = nx.Graph([(leg.ends[0][0], leg.ends[-1][0]) for leg in legs])
     whole.add_nodes_from(range(len(vertices)))
     parts = [sorted(part) for part in nx.connected_components(whole)] if not positions else [[*range(len(vertices))]]
@@ -165,10 +167,22 @@ def layout(diagram: Diagram, positions: Mapping[str, tuple[float, float]] | None
         own = [leg._replace(ends=tuple((number[v], k) for v, k in leg.ends)) for leg in legs
                if leg.ends[0][0] in number]  # fmt: skip
         pinned = {number[v]: np.array(positions[vertices[v].name], float) for v in part
-                  if vertices[v].node and vertices[v].name in (positions or ())}  # fmt: skip
+                  if vertices[v].name in positions}  # fmt: skip
         piece = _Piece([vertices[v] for v in part], own, diagram, labels).laid(pinned, scale)
         found += piece.moved(found.box[2] + 0.25 - piece.box[0] if found.shapes or found.lines else 0, 0)
     return found
+
+
+def held(diagrams: Sequence[Diagram], positions: Mapping | None) -> list[dict[str, tuple[float, float]]]:
+    """Of ``positions``, those that each diagram has."""
+    if not positions:
+        return [{} for _ in diagrams]
+    names = [[vertex.name for vertex in _picture(d)[0] if vertex.name] for d in diagrams]
+    known = dict.fromkeys(sum(names, []))
+    if stray := [name for name in positions if name not in known]:
+        raise ValueError(f"a position is a tensor's, or a dot's by its leg, one of {', '.join(known)}; there is no "
+                         f"{stray[0]!r}")  # fmt: skip
+    return [{name: positions[name] for name in own if name in positions} for own in names]
 
 
 class _Piece:
@@ -183,7 +197,8 @@ class _Piece:
         order = [leg.ends[0][0] for name in diagram.output for leg in legs if leg.free == name]
         self.ends = (order[0], order[-1]) if order else (0, len(vertices) - 1)
         leaves = {v for v in self.graph if self.graph.degree[v] == 1}
-        self.tidy = nx.is_tree(self.graph) and len(leaves) > 2 and set(order) == leaves  # as a tree, its legs down
+        self.outside = set(order) == (leaves or {*self.ends})
+        self.tidy = nx.is_tree(self.graph) and len(leaves) > 2 and self.outside  # as a tree, its legs down
         alone = len(vertices) == 1 and vertices[0].node is not None and not vertices[0].ports
         if alone and len(legs) > 4 and all(leg.free for leg in legs):  # a long tensor, its legs in a row
             step = 0.1 + max(0.15, *(extent(self.text(leg), LEG_PT)[0] for leg in legs))
@@ -228,7 +243,7 @@ class _Piece:
             number = {v: i for i, v in enumerate(own)}
             ends = number.get(self.ends[0], 0), number.get(self.ends[1], len(own) - 1)
             pins = {number[v]: place for v, place in pinned.items() if v in part}
-            P[own] = arrange(nx.relabel_nodes(self.graph.subgraph(own), number), ends, self.tidy, columns, pins)
+            P[own] = arrange(nx.relabel_nodes(self.graph.subgraph(own), number), ends, self.outside, columns, pins)
             if pinned and not pins:
                 P[own] += right + 1 - P[own, 0].min(), 0
             right = max(right, P[own, 0].max())
@@ -285,6 +300,8 @@ class _Piece:
             if leg.free and plain:
                 cost[0] -= 0.4 * (leg.free == names[0])
                 cost[1] -= 0.4 * (leg.free == names[-1]) * (len(names) > 1)
+                if len(towards[v]) == count[v] == 1:  # the end of a chain: straight on
+                    cost -= 0.3 * (DIRECTIONS @ towards[v][0] < -0.99)
                 if vertex.node is not None and vertex.node.tip:
                     cost[1 if vertex.node.legs[axis] in vertex.node.tip else 0] -= 0.5
             for k, d in enumerate(DIRECTIONS):
@@ -314,7 +331,8 @@ class _Piece:
         if not self.text(leg):
             return Line(leg.name, np.array([start, tip]), leg.thick, leg.free), None
         w, h = extent(self.text(leg), LEG_PT)
-        x, y = tip + np.sign(np.round(d, 9)) * (w / 2 + 0.03, h / 2 + 0.01) * (np.abs(d) > 0.1)
+        gap = 0.01 + 0.025 * leg.thick
+        x, y = tip + np.sign(np.round(d, 9)) * (w / 2 + 0.02 + gap, h / 2 + gap) * (np.abs(d) > 0.1)
         return Line(leg.name, np.array([start, tip]), leg.thick, leg.free), Label(self.text(leg), x, y, "free")
 
     def spread(self, P: np.ndarray, unit: float, arms: dict[int, np.ndarray]) -> np.ndarray:
@@ -437,14 +455,15 @@ def _labelled(text: str, own: list[Line], lines: list[Line], boxes: list[Box],
     best, least = None, math.inf
     for line in own:
         points = dense(line.points)
-        for t in (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74):
+        for t in (0.5, 0.47, 0.53, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74):
             k = min(int(t * (len(points) - 1)), len(points) - 2)
             way = points[k + 1] - points[k]
             x, y = points[0] + t * (points[-1] - points[0]) if len(line.points) == 2 else points[k]
             normal = np.array([-way[1], way[0]]) / (np.hypot(*way) + 1e-9)
             normal = normal if (round(normal[1], 6), normal[0]) > (0, 0) else -normal
             for side in (1, -1):
-                off = (abs(normal[0]) * (w / 2 + 0.03) + abs(normal[1]) * (h / 2 + 0.01)) * side
+                gap = 0.01 + 0.025 * line.thick
+                off = (abs(normal[0]) * (w / 2 + 0.02 + gap) + abs(normal[1]) * (h / 2 + gap)) * side
                 label = Label(text, x + off * normal[0], y + off * normal[1], "bond")
                 if any(overlap(label.box, box, 0.01) for box in (*boxes, *(other.box for other in labels))):
                     continue

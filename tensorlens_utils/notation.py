@@ -265,10 +265,13 @@ class Diagram:
         return self._with(replace(node, kind=kinds.get(node.name, node.kind)) for node in self.nodes)
 
     def rename(self, /, **legs: str) -> "Diagram":
-        """The same diagram with legs of other names."""
+        """The same diagram with legs of other names; an inner leg that is called so already gets a prime."""
         new = {leg: legs.get(leg, leg) for leg in self.sizes}
+        for leg in self.sizes.keys() - legs.keys() - {*self.output}:
+            while Counter(new.values())[new[leg]] > 1:
+                new[leg] += "′"
         if len(set(new.values())) < len(new):
-            raise ValueError("a leg's new name is not another leg's; two legs are joined by trace() or join()")
+            raise ValueError("a free leg's new name is not another's; two legs are joined by trace() or join()")
         nodes = [replace(node, legs=tuple(new[leg] for leg in node.legs), tip=tuple(new[leg] for leg in node.tip))
                  for node in self.nodes]  # fmt: skip
         sizes = {new[leg]: n for leg, n in self.sizes.items()}
@@ -286,14 +289,39 @@ class Diagram:
             raise ValueError(f"a trace joins two of the output's legs, {' '.join(self.output)}; not {a!r} and {b!r}")
         return self._with([*self.nodes, Node("1", (a, b), kind="wire")], [x for x in self.output if x not in (a, b)])
 
+    def pin(self, leg: str, index: int) -> "Diagram":
+        """One value of a leg, such as one head: the leg is gone, and every tensor on it shows that slice alone."""
+        if leg not in self.sizes or not -self.sizes[leg] <= index < self.sizes[leg]:
+            raise ValueError(f"a pin takes a leg of {' '.join(self.sizes)} and a place on it, not {leg!r} and {index}")
+        nodes = []
+        for node in self.nodes:
+            tensor = node.numbers(self.sizes) if leg in node.legs else node.tensor
+            for axis in reversed([k for k, x in enumerate(node.legs) if x == leg] if tensor is not None else []):
+                tensor = tensor.select(axis, index)
+            if leg in node.legs:
+                kept, tip = (tuple(x for x in legs if x != leg) for legs in (node.legs, node.tip))
+                node = replace(node, legs=kept, tensor=tensor, kind="tensor", tip=tip, inner=None, fn=None)
+            nodes.append(node)
+        return self._with(nodes, [x for x in self.output if x != leg])
+
     def join(self, other: "Diagram", output: Sequence[str] | None = None) -> "Diagram":
         """Both diagrams side by side; an output leg of both is summed over, unless ``output`` names it."""
-        clash = {leg: f"{leg}′" for leg in other.sizes if leg in self.sizes and leg not in self.output}
-        clash |= {leg: f"{leg}′" for leg in other.sizes if leg in self.sizes and leg not in other.output}
-        other = other.rename(**clash) if clash else other
-        both = [leg for leg in (*self.output, *other.output) if (leg in self.output) != (leg in other.output)]
-        sizes, grouped = {**other.sizes, **self.sizes}, self.grouped | other.grouped
-        return Diagram((*self.nodes, *other.nodes), both if output is None else output, sizes, grouped)
+        taken = {*self.sizes, *other.sizes}
+        first, other = self._apart({*other.output}, taken), other._apart({*self.sizes}, taken)
+        both = [leg for leg in (*first.output, *other.output) if (leg in first.output) != (leg in other.output)]
+        sizes, grouped = {**other.sizes, **first.sizes}, first.grouped | other.grouped
+        return Diagram((*first.nodes, *other.nodes), both if output is None else output, sizes, grouped)
+
+    def _apart(self, others: set[str], taken: set[str]) -> "Diagram":
+        """Inner legs that are called like some of another diagram get primes; what is ``taken`` grows."""
+        names = {}
+        for leg in self.sizes:
+            if leg in others and leg not in self.output:
+                names[leg] = leg
+                while names[leg] in taken:
+                    names[leg] += "′"
+                taken.add(names[leg])
+        return self.rename(**names)
 
     def merge(self, *names: str, name: str | None = None) -> "Diagram":
         """Some of the tensors contracted into one."""
@@ -407,7 +435,13 @@ class Diagram:
         right = tuple(leg for leg in node.legs if leg not in left)
         if not left or not right or not set(left) <= set(node.legs):
             raise ValueError(f"a decomposition splits the legs {' '.join(node.legs)} of {name} in two; not {legs!r}")
+        if node.tensor is None:
+            raise ValueError(f"a decomposition needs numbers, and {name} has none; d.fill({name}=...) gives them")
+        if rank is not None and (rank < 1 or how != "svd"):
+            raise ValueError(f'a rank is 1 or more, and goes with "svd"; not {rank!r} with {how!r}')
         bond = bond or f"{name.lower()}{len(self.sizes)}"
+        if bond in self.sizes:
+            raise ValueError(f"a new bond has a name of its own, and {bond!r} is a leg already; name it by bond=")
         M = node.tensor.permute([node.legs.index(leg) for leg in (*left, *right)])
         shape, M = M.shape, M.reshape(math.prod(self.sizes[leg] for leg in left), -1)
         if how == "svd":
@@ -438,11 +472,12 @@ class Diagram:
                 if others and others[0] not in reached:
                     reached[others[0]] = name
                     queue.append(others[0])
+        spare, bond = (max(names, key=len) + "*" for names in ((node.name for node in self.nodes), self.sizes))
         for name in reversed(queue[1:]):
             leg = found.bond(name, reached[name])
             rest = " ".join(x for x in found[name].legs if x != leg)
-            found = found.decompose(name, rest, "qr", bond=f"{leg}*", names=f"{name} R")
-            found = found.merge(reached[name], "R", name=reached[name]).rename(**{f"{leg}*": leg})
+            found = found.decompose(name, rest, "qr", bond=bond, names=f"{name} {spare}")
+            found = found.merge(reached[name], spare, name=reached[name]).rename(**{bond: leg})
         return found
 
 
@@ -478,23 +513,6 @@ def bubble(inner: Diagram, fn: Callable[[Tensor], Tensor], name: str, frozen: bo
     ``frozen`` computes it now and for good, drawn as a dashed frame."""
     tensor = fn(inner.contract()) if frozen else None
     return Diagram([Node(name, inner.output, tensor, inner=inner, fn=fn, frozen=frozen)], inner.output, inner.sizes)
-
-
-def train(tensor: Tensor, legs: str, rank: int | None = None, name: str = "A") -> Diagram:
-    """A tensor as a tensor train (a matrix product state): by successive SVDs, isometries on the left; ``rank`` bounds
-    the bonds.
-
-    >>> d = train(torch.randn(2, 3, 4), "i j k")
-    >>> d
-    Diagram(A1(i b1), A2(b1 j b2), A3(b2 k) -> i j k)
-    """
-    own = legs.split()
-    found = Diagram([Node(f"{name}1", tuple(own), tensor)], own)
-    for k, leg in enumerate(own[:-1], 1):
-        left = f"b{k - 1} {leg}" if k > 1 else leg
-        found = found.decompose(f"{name}{k}", left, rank=rank, bond=f"b{k}", names=f"{name}{k} S V")
-        found = found.merge("S", "V", name=f"{name}{k + 1}")
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------- names and legs

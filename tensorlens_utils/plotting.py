@@ -157,7 +157,7 @@ def save_figure(fig, name, caption):
     folder = figures_dir()
     folder.mkdir(parents=True, exist_ok=True)
     svg = io.StringIO()
-    with mpl.rc_context(_STABLE):
+    with mpl.rc_context(_STABLE | {"figure.constrained_layout.use": False}):  # what the figure has, it keeps
         fig.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         fig.savefig(folder / f"{name}.png", metadata={"Software": None, "Description": caption})
     title = re.split(r"(?<=[.!?]) ", caption)[0]

@@ -23,6 +23,12 @@ class Node(NamedTuple):
     addends: tuple = ()
     inplace: bool = False
 
+    def arguments(self, value: Callable, linear: bool) -> tuple[list, dict]:
+        """What to call ``fn`` with, given each value of a ``Ref``; for its linear part, constant addends are zero."""
+        read = dict.fromkeys(self.addends, lambda x: value(x) if isinstance(x, Ref) else _zero(x)) if linear else {}
+        args = [map_leaves(read.get(i, value), x) for i, x in enumerate(self.args)]
+        return args, {k: map_leaves(read.get(k, value), x) for k, x in self.kwargs.items()}
+
 
 def leaves(x) -> list:
     """The leaves of nested lists, tuples and dicts; a ``Ref`` is a leaf."""
@@ -102,15 +108,11 @@ class Tape:
         def value(x):
             return (values[x.index] if x.item is None else values[x.index][x.item]) if isinstance(x, Ref) else x
 
-        def part(x):
-            return value(x) if isinstance(x, Ref) else _zero(x)
-
         for i, node in enumerate(self.nodes):
             if node is None:
                 continue
-            read = dict.fromkeys(node.addends, part) if linear else {}
-            args = [map_leaves(read.get(j, value), x) for j, x in enumerate(node.args)]
-            out = node.fn(*args, **{k: map_leaves(read.get(k, value), x) for k, x in node.kwargs.items()})
+            args, kwargs = node.arguments(value, linear)
+            out = node.fn(*args, **kwargs)
             values[i] = args[0] if node.inplace else out
             for x in leaves((node.args, node.kwargs)):
                 if isinstance(x, Ref) and self.last[x.index] == i:

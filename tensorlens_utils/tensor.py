@@ -88,7 +88,7 @@ class AttentionTensor:
     """
 
     def __init__(self, X, Y, tape, forward, cuts, rules, mask, budget_gb):
-        self._X, self._Y, self._tape, self._forward = X, Y, tape, forward
+        self._X, self._Y, self.tape, self._forward = X, Y, tape, forward
         self.input, self.output = X.detach(), Y.detach()
         self.shape = (*Y.shape, *X.shape[1:])
         self.cuts, self.rules, self.mask, self.budget_gb = tuple(cuts), dict(rules), mask, budget_gb
@@ -98,12 +98,12 @@ class AttentionTensor:
     @torch.no_grad()
     def matvec(self, V: Tensor) -> Tensor:
         """T·V for V (N, L, D) → (N, M, D'): one replay without its additive terms."""
-        return self._tape(self._like(V, self._X.shape, "V"), linear=True)
+        return self.tape(self._like(V, self._X.shape, "V"), linear=True)
 
     @torch.no_grad()
     def replay(self, V: Tensor) -> Tensor:
         """F̃(V) = T·V + B, the frozen network at V (N, L, D) → (N, M, D')."""
-        return self._tape(self._like(V, self._X.shape, "V"))
+        return self.tape(self._like(V, self._X.shape, "V"))
 
     def rmatvec(self, U: Tensor) -> Tensor:
         """Uᵀ·T for U (N, M, D') → (N, L, D), one backward pass; for K at once, (K, N, M, D') → (K, N, L, D)."""
@@ -139,7 +139,7 @@ class AttentionTensor:
     @property
     def chunk(self) -> int:
         """Cotangents that go back together: as many as keep the largest value of the network near the cache, 16 MB."""
-        return max(1, int(16e6 / max(1, self._tape.widest)))
+        return max(1, int(16e6 / max(1, self.tape.widest)))
 
     @torch.enable_grad()
     def slice(self, position: int | Tensor = -1) -> Tensor:
@@ -287,7 +287,7 @@ class AttentionTensor:
         ours = (self.output.double(), self.replay(self.input).double())  # as recorded, and as replayed
         forward = max(float((y - F).norm() / F.norm().clamp_min(1e-300)) for y in ours)
         V = random(self._X) * self.input.std()
-        tolerance = min(500 * self._tape.precision, 0.04)
+        tolerance = min(500 * self.tape.precision, 0.04)
         return Certificate(forward, adjoint(self.input), adjoint(V), tolerance, self.cuts)
 
     def __repr__(self):

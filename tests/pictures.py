@@ -3,7 +3,8 @@ import random
 
 import torch
 
-from tensorlens_utils.notation import Diagram, Node, bubble, diagram, train
+from tensorlens_utils.decompositions import train
+from tensorlens_utils.notation import Diagram, Node, bubble, diagram
 
 
 def sketch(expression, names, sizes=2):

@@ -3,14 +3,17 @@ import io
 from itertools import combinations
 
 import matplotlib.pyplot as plt
+import nbformat
 import networkx as nx
 import numpy as np
 import pytest
-from pictures import graph, scribble, showcase, sketch
+from nbclient import NotebookClient
+from pictures import graph, numbers, scribble, showcase, sketch
 
 from tensorlens_utils.drawing import describe, draw, page, stages, strip
 from tensorlens_utils.geometry import crossings, dense, inside, overlap, tangles
 from tensorlens_utils.layouts import layout
+from tensorlens_utils.notation import diagram
 from tensorlens_utils.plotting import PAGE_WIDTH, save_figure
 
 SHOWCASE = showcase()
@@ -76,6 +79,15 @@ def test_a_chain_is_straight_with_its_first_leg_left_and_its_last_right():
     assert ends["i"][0] < at["A"][0] and ends["l"][0] > at["C"][0] and ends["i"][1] == ends["l"][1] == at["A"][1]
 
 
+@pytest.mark.parametrize("hole", [True, False])
+def test_the_only_free_leg_of_a_chain_goes_straight_on(hole):
+    x, W = numbers(3), numbers(3, 3)
+    chain = diagram("i, i j, j ->", x, W, x, names="x W x").hole("x")[1] if hole else sketch("i, i j -> j", "x W")
+    found = layout(chain)
+    (end,), at = [line.points[-1] for line in found.lines if line.free], centres(found)
+    assert at["x"][0] < at["W"][0] < end[0] and at["x"][1] == at["W"][1] == pytest.approx(end[1])
+
+
 def test_a_train_is_a_row_with_its_legs_down():
     found = layout(SHOWCASE["train"])
     at = np.array([centres(found)[f"A{k}"] for k in range(1, 7)])
@@ -101,6 +113,17 @@ def test_a_grid_is_square_a_ring_round_a_tree_level():
     assert len({round(tree[f"B{k}"][1], 6) for k in (1, 2, 3, 4)}) == 1 and tree["R"][1] > tree["A1"][1]
 
 
+def test_the_joints_of_a_kronecker_product_are_left_and_right():
+    d = sketch("l m, c d -> l c m d", "A W").group("l c", "lc").group("m d", "md")
+    found = layout(d)
+    at, (left, right) = centres(found), [line.points for line in found.lines if line.free]
+    assert at["A"][0] == pytest.approx(at["W"][0]) and at["A"][1] > at["W"][1]
+    middle = (at["A"][1] + at["W"][1]) / 2
+    assert np.allclose([*left[:, 1], *right[:, 1]], middle) and left[1][0] < left[0][0] < right[0][0] < right[1][0]
+    square = centres(layout(sketch("a b i, a c j, b d k, c d l -> i j k l", "A B C D")))
+    assert len({round(x, 6) for x, _ in square.values()}) == len({round(y, 6) for _, y in square.values()}) == 2
+
+
 def test_isometries_point_to_their_tips():
     found = {s.name: s for s in layout(SHOWCASE["canonical"]).shapes}
     assert [round(np.cos(found[f"A{k}"].angle)) for k in (1, 2, 4, 5, 6)] == [1, 1, -1, -1, -1]
@@ -123,6 +146,14 @@ def test_grouped_legs_are_thick():
         assert [line.leg for line in layout(SHOWCASE[name]).lines if line.thick] == thick
     moved = SHOWCASE["grouped"].rename(ik="x").join(sketch("x y", "B", {"x": 4, "y": 2}))
     assert [line.leg for line in layout(moved).lines if line.thick] == ["x"], "a group stays one when renamed or joined"
+
+
+@pytest.mark.parametrize("legs, bond", [("i k", False), ("i j", False), ("b c", True)])
+def test_a_thick_line_does_not_touch_its_label(legs, bond):
+    d = (SHOWCASE["parallel"] if bond else sketch("i j k", "T")).group(legs, "both")
+    found, half = layout(d), 1.6 / 72  # of its width
+    (line,), (text,) = [x for x in found.lines if x.thick], [x for x in found.labels if x.text.startswith("both")]
+    assert not inside(dense(line.points), text.box, half + 0.01)
 
 
 def test_parallel_legs_are_apart():
@@ -153,6 +184,21 @@ def test_positions_are_kept():
     assert some["A"][0] == pytest.approx(some["C"][0]) and some["A"][1] > some["C"][1]
     apart = layout(SHOWCASE["outer"], positions={"a": (0, 0)})
     assert not clashes(apart) and len(apart.shapes) == 2
+    found = layout(sketch("i, i k -> i k", "v W"), positions={"i": (0, 0), "v": (0, 1), "W": (1, 0)})
+    at, free = centres(found), {line.free: line.points[-1] for line in found.lines if line.free}
+    assert at["v"][0] == pytest.approx(at["i"][0]) and at["v"][1] > at["i"][1], "a dot goes by its leg's name"
+    assert at["W"][1] == pytest.approx(at["i"][1]) == free["i"][1] and free["i"][0] < at["i"][0] < at["W"][0]
+
+
+def test_each_part_has_the_positions_of_what_is_in_it():
+    d = sketch("i j, j k, k l -> i l", "A B C")
+    found = page(d, "→", d.merge("A", "B"), positions={"A": (0, 0), "B": (1, 0), "C": (2, -1), "AB": (0, -1)})
+    lone = layout(d, {"A": (0, 0), "B": (1, 0), "C": (2, -1)}), layout(d.merge("A", "B"), {"AB": (0, -1), "C": (2, -1)})
+    for part, shapes in zip(lone, (found.shapes[:3], found.shapes[3:]), strict=True):
+        alone, here = ([s.box[:2] for s in some] for some in (part.shapes, shapes))
+        assert np.allclose(np.ptp(np.subtract(alone, here), axis=0), 0)
+    with pytest.raises(ValueError, match="one of A, B, C, AB; there is no 'Z'"):
+        draw(d, "→", d.merge("A", "B"), positions={"A": (0, 0), "Z": (1, 1)})
 
 
 def test_labels_are_as_asked():
@@ -213,3 +259,13 @@ def test_a_strip_has_a_picture_for_each_step():
     buffer = io.BytesIO()
     strip(SHOWCASE["ladder"], "left to right").savefig(buffer)
     assert buffer.tell() > 1000
+
+
+def test_a_notebook_shows_each_picture_once():
+    start = "from tensorlens_utils.drawing import draw\nfrom tensorlens_utils.notation import diagram\n" \
+            "d = diagram('i j ->', A=None, sizes={'i': 2, 'j': 3})\n"
+    sources = [start + "draw(d)", "figure = draw(d)", "draw(d)\nprint('more')", "figure"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(nb, timeout=60).execute()
+    shown = [sum("image/png" in out.get("data", {}) for out in cell.outputs) for cell in nb.cells]
+    assert shown == [1, 1, 1, 1]

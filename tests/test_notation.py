@@ -6,7 +6,8 @@ import pytest
 import torch
 from pictures import numbers, showcase
 
-from tensorlens_utils.notation import Diagram, Node, bubble, diagram, train
+from tensorlens_utils.decompositions import train
+from tensorlens_utils.notation import Diagram, Node, bubble, diagram
 from tensorlens_utils.printing import code
 
 A, B = numbers(2, 3), numbers(3, 4)
@@ -112,6 +113,27 @@ def test_legs_may_have_any_name():
     assert close(d.group("output leg", "name").split("name", output=2, leg=4).contract(), A @ B)
 
 
+def test_joined_diagrams_keep_their_inner_legs_apart():
+    cube, P = PRODUCT.join(diagram("k j′, j′ l -> k l", C=numbers(4, 5), D=numbers(5, 2))), (A @ B)
+    assert {"j", "j′"} < set(cube.sizes)
+    again = diagram("l j, j k, k m -> l m", E=numbers(2, 3), F=numbers(3, 4), G=numbers(4, 6))
+    joined = cube.join(again)  # its j meets a j and a j′, its k a k, and none of them is the same leg
+    assert len(joined.sizes) == 8 and joined.output == ("i", "m")
+    assert close(joined.contract(), P @ numbers(4, 5) @ numbers(5, 2) @ numbers(2, 3) @ numbers(3, 4) @ numbers(4, 6))
+
+
+def test_a_pin_takes_one_value_of_a_leg():
+    T, v = numbers(2, 3, 2), numbers(3)
+    d = diagram("i j i′, j, j k -> i i′ k", T=T, v=v, M=numbers(3, 4))
+    whole = sum(d.pin("j", k).contract() for k in range(3))
+    assert close(whole, d.contract()) and close(d.pin("i", -1).contract(), d.contract()[-1])
+    square = bubble(PRODUCT, torch.square, "square")
+    assert close(square.pin("i", 1).contract(), (A @ B)[1] ** 2)
+    assert diagram("i j, j -> i", A=None, v=None, sizes={"i": 2, "j": 3}).pin("j", 0)["A"].legs == ("i",)
+    with pytest.raises(ValueError, match="a pin takes a leg of i j k and a place on it, not 'j' and 3"):
+        PRODUCT.pin("j", 3)
+
+
 def test_a_joint_may_be_split_otherwise():
     d = PRODUCT.group("i k", "both")
     assert close(d.split("both", a=4, b=2).contract(), (A @ B).reshape(4, 2))
@@ -204,7 +226,7 @@ def test_a_diagram_is_told_in_words():
     (lambda: PRODUCT.path("worst"), "not 'worst'"),
     (lambda: diagram("i j, j k, k l", A, B, numbers(4, 2)).path(["A B"]), "ends with C, AB still apart"),
     (lambda: code(PRODUCT, "numpy"), "not 'numpy'"),
-    (lambda: PRODUCT.rename(i="k"), "is not another leg's"),
+    (lambda: PRODUCT.rename(i="k"), "is not another's"),
     (lambda: PRODUCT.transpose("i"), "each once"),
     (lambda: PRODUCT.trace("i", "j"), "not 'i' and 'j'"),
     (lambda: PRODUCT.group("i j", "x"), "'i j' do neither"),

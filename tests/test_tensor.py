@@ -168,7 +168,7 @@ def test_chunks_do_not_change_a_slice(monkeypatch):
     """And none is larger than ``chunk``, which keeps the widest value of the network under 64 MB."""
     T = operator("gpt2")
     whole, dense, norm = T.slice(2), T.dense(), T.norm()
-    assert T.chunk >= 1 and T.chunk * T._tape.widest <= 64e6
+    assert T.chunk >= 1 and T.chunk * T.tape.widest <= 64e6
     sizes, pull = [], AttentionTensor._pull
 
     def spy(self, y, U, batched=False):
@@ -409,7 +409,7 @@ def test_a_certificate_notices_a_broken_operator(break_it):
 
     fresh().certificate().check()
     T = fresh()
-    nodes = T._tape.nodes
+    nodes = T.tape.nodes
     if break_it == "bias":
         i = next(i for i, node in enumerate(nodes) if node and isinstance(node.args[-1], int) and node.args[-1] == 3)
         nodes[i] = nodes[i]._replace(args=(nodes[i].args[0], 4))
