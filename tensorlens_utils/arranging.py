@@ -27,6 +27,7 @@ class Measure:
 
     def __init__(self, graph: nx.Graph, ends: tuple[int, int], columns: float):
         self.edges = np.array(list(graph.edges), int).reshape(-1, 2)
+        self.level = np.array([level or False for *_, level in graph.edges.data("level")], float)  # those of bubbles
         self.ends, self.columns = ends, columns
         pairs = [(i, j) for i, j in combinations(range(len(self.edges)), 2)
                  if not set(self.edges[i]) & set(self.edges[j])]  # fmt: skip
@@ -60,13 +61,15 @@ class Measure:
         D = P[..., self.edges[:, 1], :] - P[..., self.edges[:, 0], :]
         length = np.linalg.norm(D, axis=-1) + 1e-9
         slanted = (2 * D[..., 0] * D[..., 1] / length**2) ** 2
+        slanted = slanted * (2.6 - 1.2 * slanted)  # a diagonal is hardly worse than what is a little aslant
         u, v, w, straight = self.fans
         a, b = P[..., u, :] - P[..., v, :], P[..., w, :] - P[..., v, :]
         cos = (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-9)
         span = P.max(-2) - P.min(-2)
         backwards = (P[..., self.ends[0], 0] - P[..., self.ends[1], 0]).clip(0)
         shape = 0.24 * span[..., 1] + 0.04 * span[..., 0] + 6 * (span[..., 0] - self.columns).clip(0) + 0.3 * backwards
-        looks = (2 * np.hypot(1, length - 1) - 2 + 2 * slanted).sum(-1) + (0.6 * straight * (1 + cos)).sum(-1)
+        looks = (2 * np.hypot(1, length - 1) - 2 + slanted).sum(-1) + (0.6 * straight * (1 + cos)).sum(-1)
+        looks += (3 * self.level * np.abs(D[..., 1]) / length).sum(-1)
         looks += 0.5 * np.abs(2 * P - np.round(2 * P)).mean((-1, -2))  # a grid, where it does no harm
         return 30 * self.crossed(P) + self.crowded(P) + looks + (4 * (cos - 0.75).clip(0)).sum(-1) + shape
 

@@ -53,18 +53,20 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
     width, height = right - left, top - bottom
     if ax is None:
         shrink = min(1.0, PAGE_WIDTH / width)
-        figure = plt.figure(figsize=(width * shrink, height * shrink), layout="none", FigureClass=Picture)
+        figure = plt.figure(figsize=(width * shrink, height * shrink), layout="constrained", FigureClass=Picture)
+        figure.set_layout_engine("none")  # none from the start would become the style's once it is saved
         ax = figure.add_axes((0, 0, 1, 1))
+        ax.axis("off")
         ax.set(xlim=(left, right), ylim=(bottom, top))
     else:
         figure = ax.figure
+        ax.axis("off")
         figure.draw_without_rendering()  # only now is it known how large the axes are
         wide, high = ax.get_position().size * figure.get_size_inches()
         shrink = min(1.0, wide / width, high / height)
         x, y, half, tall = (left + right) / 2, (bottom + top) / 2, wide / shrink / 2, high / shrink / 2
         ax.set(xlim=(x - half, x + half), ylim=(y - tall, y + tall))
         ax.set_aspect("equal")
-    ax.axis("off")
     tensors = [shape for shape in found.shapes if shape.kind in ("circle", "square", "triangle")]
     names = dict.fromkeys(_family(shape.name) for shape in tensors)
     order = {name: k for k, name in enumerate(names)} | {_family(name): k for name, k in (colours or {}).items()}
@@ -91,21 +93,27 @@ def page(*parts, positions=None, scale: float = 1.0, labels: str = "free") -> La
                      for k, line in enumerate(caption.split("\n")))  # fmt: skip
             block += Layout((), (), (*below,))
         blocks.append(block)
-    rows, x = [[]], 0.0
+    rows, room = [[]], PAGE_WIDTH - 2 * GAP
     for block in blocks:
-        left, _, right, _ = block.box
-        if rows[-1] and x + right - left > PAGE_WIDTH - 2 * GAP:
-            rows.append([])
-            x = 0.0
-        rows[-1].append(block.moved(x - left, 0))
-        x += right - left + 0.16
+        if rows[-1] and _wide(*rows[-1], block) > room:
+            last = rows[-1][-1]
+            sign = len(rows[-1]) > 1 and not (last.shapes or last.lines) and _wide(last, block) <= room
+            rows.append([rows[-1].pop()] if sign else [])  # what comes before a part goes on with it
+        rows[-1].append(block)
     found, y = Layout(), 0.0
     for row in rows:
-        whole = sum(row, Layout())
+        whole, x = Layout(), 0.0
+        for block in row:
+            whole += block.moved(x - block.box[0], 0)
+            x = whole.box[2] + 0.16
         y -= whole.box[3]
         found += whole.moved(0, y)
         y += whole.box[1] - 0.2
     return found
+
+
+def _wide(*blocks: Layout) -> float:
+    return sum(block.box[2] - block.box[0] + 0.16 for block in blocks) - 0.16
 
 
 def describe(*parts) -> str:
@@ -169,7 +177,7 @@ def _draw_shape(ax, shape: Shape, colour: str, shrink: float):
         ax.add_patch(patches.Rectangle((left, bottom), right - left, top - bottom, **style))
     elif shape.kind == "triangle":
         c, s = math.cos(shape.angle), math.sin(shape.angle)
-        corners = half * np.array([(1.08, 0), (-0.68, 0.98), (-0.68, -0.98)])
+        corners = half * np.array([(1.1, 0), (-0.72, 0.82), (-0.72, -0.82)])
         ax.add_patch(patches.Polygon(corners @ [[c, s], [-s, c]] + (x, y), joinstyle="round", **style))
     else:
         turns, r = np.linspace(-math.pi / 2, math.pi / 2, 40), (top - bottom) / 2

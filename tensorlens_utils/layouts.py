@@ -193,7 +193,9 @@ class _Piece:
         self.pairs = [leg for leg in legs if len(leg.ends) == 2 and leg.ends[0][0] != leg.ends[1][0]]
         self.graph = nx.Graph()
         self.graph.add_nodes_from(range(len(vertices)))
-        self.graph.add_edges_from((leg.ends[0][0], leg.ends[1][0]) for leg in self.pairs)
+        for leg in self.pairs:
+            ports = [vertices[v].ports[axis][1] for v, axis in leg.ends if vertices[v].ports]
+            self.graph.add_edge(*(v for v, _ in leg.ends), level=any(d[0] for d in ports))
         order = [leg.ends[0][0] for name in diagram.output for leg in legs if leg.free == name]
         self.ends = (order[0], order[-1]) if order else (0, len(vertices) - 1)
         leaves = {v for v in self.graph if self.graph.degree[v] == 1}
@@ -298,8 +300,9 @@ class _Piece:
             cost = like.copy() if leg.free else np.array([0.6, 0.6, 0.2, 0, 1, 1, 1, 1])
             cost[4:6] -= self.tidy and count[v] == 2  # two legs of a leaf: a fan
             if leg.free and plain:
-                cost[0] -= 0.4 * (leg.free == names[0])
-                cost[1] -= 0.4 * (leg.free == names[-1]) * (len(names) > 1)
+                last = self.diagram.output[-1] if len(self.diagram.output) > 1 else ""  # also of several parts
+                cost[0] -= 0.6 * (leg.free == names[0] != last)
+                cost[1] -= 0.6 * (leg.free == names[-1]) * (len(names) > 1 or leg.free == last)
                 if len(towards[v]) == count[v] == 1:  # the end of a chain: straight on
                     cost -= 0.3 * (DIRECTIONS @ towards[v][0] < -0.99)
                 if vertex.node is not None and vertex.node.tip:

@@ -136,7 +136,7 @@ def diagram_of(T: AttentionTensor, model: nn.Module | None = None) -> Network:
     their modules and blocks. A call that has no picture of its own is drawn as the dense matrix that it is.
 
     Raises:
-        ValueError: for an operator of several inputs, or where a value is read after it was overwritten in another view.
+        ValueError: for an operator of several inputs, or where a value is read that was overwritten in another view.
         MemoryError: where a dense matrix would be too large.
 
     >>> from tensorlens_utils import linearize_function

@@ -120,11 +120,13 @@ def staircase(ax, parts, total, grey=()):
 
 
 def whisker(ax, place, triple, colour=PALETTE[0], marker="o", upright=False, **label):
-    """A point with its interval, `triple` = (value, low, high), at `place` of the other axis; upright: along y."""
-    value, *ends = triple
-    lines = [([place] * 2, ends), ([place], [value])] if upright else [(ends, [place] * 2), ([value], [place])]
-    ax.plot(*lines[0], color=colour, lw=1.3)
-    ax.plot(*lines[1], marker, color=colour, ms=4.5, **label)
+    """A point with its interval, `triple` = (value, low, high), at `place` of the other axis; upright: along y.
+
+    Several at once: places (n,) and triples (3, n), which have one entry in the legend.
+    """
+    place, (value, *ends) = np.atleast_1d(place), np.reshape(triple, (3, -1))
+    (ax.vlines if upright else ax.hlines)(place, *ends, color=colour, lw=1.3)
+    ax.plot(*((place, value) if upright else (value, place)), marker, color=colour, ms=4.5, **label)
 
 
 def figures_dir():

@@ -95,7 +95,7 @@ def _sent(node: Recorded, value: Tensor):
 
 
 class Reader:
-    """Walks a tape and fills ``stages``, {name: the diagrams that add up to it}; the last one is ``output``."""
+    """Walks a tape and fills ``stages``, {name: the diagrams that add up to it}; the last one, "Y", is T·X."""
 
     def __init__(self, tape: Tape, X: Tensor, weights: dict[int, str]):
         self.weights, self.like, self.legs, self.names = weights, X, 0, Counter()
@@ -211,7 +211,7 @@ class Reader:
             axes = [tuple(new if old == leg else old for old in legs) for legs in x.axes]
             terms = []
             for d, (own,) in zip(x.terms, owners, strict=True):
-                kept = own.tensor.index_select(own.legs.index(leg), rows)
+                kept = own.tensor.index_select(own.legs.index(leg), rows.to(own.tensor.device))
                 cut = replace(own, legs=tuple(new if old == leg else old for old in own.legs), tensor=kept)
                 nodes = [cut if node is own else node for node in d.nodes]
                 sizes = {**d.sizes, new: len(rows)}
@@ -275,10 +275,11 @@ def rule(names: str):
     return enter
 
 
-@rule("add sub __add__ __radd__ __sub__")
+@rule("add sub rsub __add__ __radd__ __sub__ __rsub__")
 def total(reader: Reader, node: Recorded):
     """a ± b: both, side by side; a constant belongs to B."""
     a, b = (*node.args, *node.kwargs.values())[:2]
+    a, b = (b, a) if "rsub" in called(node) else (a, b)
     if node.kwargs.keys() - {"other"}:
         return None
     negative = "sub" in called(node)
@@ -400,8 +401,8 @@ VIEWS = frozenset(name for name, f in RULES.items() if f in (reshape, transpose)
 def selection(reader: Reader, node: Recorded):
     """Some of the entries along one axis, and zeros: which, the entries' own numbers tell when sent through."""
     x = reader.value(refs(node)[0])
-    sent = _sent(node, _numbers(x))
-    found = [_along_one_axis(reader, x, out) for out in ([sent] if isinstance(sent, Tensor) else sent)]
+    sent = _sent(node, _numbers(x).to(reader.like.device))
+    found = [_along_one_axis(reader, x, out.cpu()) for out in ([sent] if isinstance(sent, Tensor) else sent)]
     if any(value is None for value in found):
         return None
     return found[0] if isinstance(sent, Tensor) else found

@@ -13,7 +13,7 @@ from pictures import graph, numbers, scribble, showcase, sketch
 from tensorlens_utils.drawing import describe, draw, page, stages, strip
 from tensorlens_utils.geometry import crossings, dense, inside, overlap, tangles
 from tensorlens_utils.layouts import layout
-from tensorlens_utils.notation import diagram
+from tensorlens_utils.notation import bubble, diagram
 from tensorlens_utils.plotting import PAGE_WIDTH, save_figure
 
 SHOWCASE = showcase()
@@ -86,6 +86,20 @@ def test_the_only_free_leg_of_a_chain_goes_straight_on(hole):
     found = layout(chain)
     (end,), at = [line.points[-1] for line in found.lines if line.free], centres(found)
     assert at["x"][0] < at["W"][0] < end[0] and at["x"][1] == at["W"][1] == pytest.approx(end[1])
+
+
+def test_parts_beside_one_another_have_the_first_leg_left_and_the_last_right():
+    found = layout(sketch("i, , j -> i j", "u s v"))
+    at, ends = centres(found), {line.free: line.points[-1] for line in found.lines if line.free}
+    assert ends["i"][0] < at["u"][0] < at["s"][0] < at["v"][0] < ends["j"][0]
+
+
+def test_lines_are_level_or_upright_where_they_can_be():
+    norm = layout(sketch("seq a, b a, seq b, d b -> seq d", "X C N U"))
+    slants = [np.ptp(line.points, axis=0).min() for line in norm.lines]
+    assert len(slants) == 8 and max(slants) < 1e-6
+    at = centres(layout(SHOWCASE["ten"]))
+    assert np.ptp([at[name][1] for name in "ADEVWX"]) < 1e-6, "and chains are straight"
 
 
 def test_a_train_is_a_row_with_its_legs_down():
@@ -175,6 +189,17 @@ def test_a_bubble_holds_what_is_within(name):
     assert {text.text for text in found.labels if text.role == "bubble"} == set(frames)
 
 
+def test_what_a_bubble_leads_to_is_beside_it():
+    sizes = {"query": 6, "key": 6, "m": 9, "n": 9, "head": 8, "e": 4, "d": 9}
+    scores = sketch("query m, head m e, head n e, key n -> query key head", "X W_Q W_K Y", sizes)
+    d = bubble(scores, None, "softmax").join(sketch("key m, head m e, head e d -> key head d", "X W_V W_O", sizes),
+                                              ["query", "d"])
+    found = layout(d)
+    (frame,) = [s.box for s in found.shapes if s.kind == "bubble"]
+    assert all(s.box[0] > frame[2] for s in found.shapes if not s.within and s.kind != "bubble")
+    assert not tangles([line.points for line in found.lines])
+
+
 def test_positions_are_kept():
     d = sketch("i j, j k, k l -> i l", "A B C")
     at = centres(layout(d, positions={"A": (0, 0), "B": (1, -1), "C": (3, 0)}))
@@ -223,6 +248,22 @@ def test_a_figure_wraps_at_the_page_and_has_signs_and_captions():
     assert {text.text for text in found.labels} >= {"a train", "=", "→"}
     assert sum(s.name == "A1" for s in found.shapes) == 3
     assert describe(*parts).startswith("Tensors: A1, an isometry") and "a train =" in describe(*parts)
+
+
+def test_a_sign_goes_on_with_what_follows():
+    d = SHOWCASE["train"]
+    found = page("x =", d, "+", d)
+    at = {text.text: text for text in found.labels if text.role == "sign"}
+    (first, second) = [s.box for s in found.shapes if s.name == "A1"]
+    assert at["x ="].x < first[0] and at["+"].x < second[0] and second[1] < at["+"].y < second[3] < first[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_saving_twice_does_not_warn():
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        figure = draw(SHOWCASE["matrix"])
+        for kind in ("svg", "png"):
+            figure.savefig(io.BytesIO(), format=kind)
 
 
 def test_texts_are_where_the_layout_says():

@@ -104,7 +104,7 @@ def test_any_function_has_a_drawing():
         h = torch.cat([x[:, 1:], torch.ones(1, 1, 4, dtype=x.dtype)], 1)
         y = (h - x).repeat_interleave(2, -1)[..., ::2] @ W - 2 * x / 3 + 1
         z = y.cumsum(1).flip(1).view(1, 3, 2, 2).permute(0, 2, 1, 3)
-        return z.reshape(1, 2, 6) + torch.relu(y.reshape(1, 2, 6))
+        return (3 - z.reshape(1, 2, 6)) * 2 + (torch.ones_like(W[:1, :1]) - torch.relu(y.reshape(1, 2, 6)))
 
     T = linearize_function(f, noise(1, 3, 4, seed=1))
     net, V = diagram_of(T), noise(*T.input.shape, seed=2)
