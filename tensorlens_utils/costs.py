@@ -14,9 +14,12 @@ filled. Times are of some of a way's products, scaled to all; memory is that of 
 
 import os
 import platform
+import re
+import subprocess
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -139,14 +142,31 @@ def peak_gigabytes(run: Callable, device: torch.device) -> float:
     return counted.peak / 1e9
 
 
+def cpu_name() -> str:
+    """The CPU's model as the system tells it, such as "Apple M2"; where it does not, the architecture.
+
+    >>> len(cpu_name()) > 0
+    True
+    """
+    try:
+        if platform.system() == "Darwin":
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(asked, capture_output=True, text=True).stdout
+        else:
+            name = re.search(r"(?m)^model name\s*:(.*)|\Z", Path("/proc/cpuinfo").read_text())[1] or ""
+    except OSError:
+        name = ""
+    return name.strip() or platform.processor() or platform.machine()
+
+
 def machine(device: torch.device | str = "cpu") -> dict:
-    """What a measure was taken on: the device's name, its cores, torch's version, and the float32 matrix-product rate
-    (operations per second / 1e9) measured there and then."""
+    """What a measure was taken on: the GPU's or CPU's model, the CPU's cores, torch's version, and the float32
+    matrix-product rate (operations per second / 1e9) measured there and then."""
     device = torch.device(device)
     A, B = torch.randn(2, 2048, 2048, generator=torch.Generator().manual_seed(0)).to(device)
     shortest = min(seconds(lambda: [A @ B for _ in range(5)], device) for _ in range(3))
     cuda = device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+    return {"device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
             "kind": device.type, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "torch": torch.__version__.split("+")[0],
             "gigaflops_per_second": 5 * 2 * 2048**3 / shortest / 1e9}  # fmt: skip

@@ -129,6 +129,15 @@ def whisker(ax, place, triple, colour=PALETTE[0], marker="o", upright=False, **l
     ax.plot(*((place, value) if upright else (value, place)), marker, color=colour, ms=4.5, **label)
 
 
+def log_ticks(ax, x=None, y=None):
+    """Make axes logarithmic, with ticks at these numbers, written out in full, and no others: x, y or both."""
+    for axis, set_scale, ticks in [(ax.xaxis, ax.set_xscale, x), (ax.yaxis, ax.set_yscale, y)]:
+        if ticks is not None:
+            set_scale("log")
+            axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+
+
 def figures_dir():
     """Where figures go: $TENSORLENS_FIGURES, which `make` sets, else build/figures of the repository, else ./figures.
 

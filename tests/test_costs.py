@@ -1,5 +1,7 @@
 """The four ways to a slice give the same slice, and what is said of their cost is counted right."""
 
+import platform
+
 import pytest
 import torch
 import transformers
@@ -59,3 +61,20 @@ def test_sizes_are_those_of_the_tensors(gpt):
     assert sizes["T"] == pytest.approx(T.dense().nbytes / 1e9)
     assert sizes["slice"] == pytest.approx(T.slice(-1).nbytes / 1e9)
     assert sizes["row"] == pytest.approx(T.rmatvec(T.output).nbytes / 1e9)
+
+
+TOLD = [("cores\t: 2\nmodel name\t: A Fine CPU\n", "A Fine CPU"), ("cores\t: 2\n", "some-arch"), (None, "some-arch")]
+
+
+@pytest.mark.parametrize(("told", "name"), TOLD)
+def test_a_machine_is_named_by_its_cpu(monkeypatch, told, name):
+    def read_text(path):
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(costs.Path, "read_text", read_text)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "some-arch")
+    assert costs.machine()["device"] == name

@@ -318,6 +318,37 @@ def test_diverging_is_white_at_zero():
     assert plotting.size(0.5, 0.2) == (plotting.PAGE_WIDTH / 2, plotting.PAGE_WIDTH / 5)
 
 
+@pytest.mark.parametrize("upright", [False, True])
+def test_whiskers_are_drawn_one_by_one_or_all_at_once(upright):
+    places, triples = [1.0, 2.0, 4.0], np.array([[3.0, 5.0, 6.0], [2.0, 4.5, 5.0], [3.5, 6.0, 9.0]])
+    _, (one_by_one, at_once) = plt.subplots(1, 2)
+    for place, triple in zip(places, triples.T, strict=True):
+        plotting.whisker(one_by_one, place, triple, upright=upright)
+    plotting.whisker(at_once, places, triples, upright=upright, label="all")
+    a, b = ([np.concatenate([drawn(a) for a in artists]) for artists, drawn in [
+        (ax.collections, lambda c: np.array(c.get_segments())), (ax.lines, lambda line: line.get_xydata())]]
+        for ax in (one_by_one, at_once))
+    assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+    along = [[place, end] if upright else [end, place] for place, end in zip(places, triples[2], strict=True)]
+    assert np.array_equal(b[0][:, 1], along), "a bar ends where its interval does"
+    assert at_once.get_legend_handles_labels()[1] == ["all"], "one label"
+    plt.close("all")
+
+
+def test_log_ticks_are_the_numbers_asked_for_and_no_others():
+    fig, ax = plt.subplots()
+    ax.plot([2, 1000], [0.5, 50])
+    plotting.log_ticks(ax, [2, 32, 1024], [0.5, 50])
+    fig.canvas.draw()
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["2", "32", "1024"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0.5", "50"]
+    assert not len(ax.xaxis.get_minorticklocs()) and not len(ax.yaxis.get_minorticklocs())
+    plotting.log_ticks(plt.subplots()[1], y=[1, 10])
+    assert plt.gca().get_xscale() == "linear", "an axis that is not named stays as it is"
+    plt.close("all")
+
+
 # ── what the person sees ──
 
 def test_exercise_replies(capsys):
