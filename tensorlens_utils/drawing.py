@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.core.pylabtools import print_figure
+from IPython.display import display
 from matplotlib import patches
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -22,11 +24,14 @@ from .plotting import PAGE_WIDTH, PALETTE
 
 
 class Picture(Figure):
-    """A figure that a notebook shows once: where a cell ends in it, or by pyplot at the end of the cell."""
+    """A figure that says in words what it shows: a notebook holds them as its text, and as what screen readers read."""
+
+    words = ""
 
     def _ipython_display_(self):
-        plt.close(self)  # pyplot would show it a second time
-        raise NotImplementedError  # and now as any other figure is
+        plt.close(self)  # pyplot would show it a second time, at the end of the cell
+        data = {"image/png": print_figure(self, "png", base64=True), "text/plain": self.words}
+        display(data, metadata={"image/png": {"alt": self.words}}, raw=True)
 
 
 def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, scale: float = 1.0, labels: str = "free",
@@ -55,6 +60,7 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
         shrink = min(1.0, PAGE_WIDTH / width)
         figure = plt.figure(figsize=(width * shrink, height * shrink), layout="constrained", FigureClass=Picture)
         figure.set_layout_engine("none")  # none from the start would become the style's once it is saved
+        figure.words = describe(*parts)
         ax = figure.add_axes((0, 0, 1, 1))
         ax.axis("off")
         ax.set(xlim=(left, right), ylim=(bottom, top))

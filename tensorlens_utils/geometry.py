@@ -104,12 +104,12 @@ def extent(text: str, points: float) -> tuple[float, float]:
 
 
 def typeset(name: str) -> str:
-    """A tensor's name with its number or underscore lowered: A1, W_Q. Those of legs would be too small."""
-    found = re.fullmatch(r"([^\W\d_]+)(?:_([^\W_]+)|(\d+))([′⁻¹]*)", name)
+    """A tensor's name with its number, or what follows a letter's underscore, lowered: A1, W_Q; but lm_head stays."""
+    found = re.fullmatch(r"([^\W\d_][̇]?)_([^\W_]+)([′⁻¹]*)|([^\W\d_]+)(\d+)([′⁻¹]*)", name)
     if not found:
         return name
-    base, word, digits, rest = found.groups()
-    return rf"{base}$_{{\mathdefault{{{word or digits}}}}}${rest}"
+    base, low, rest = [part or "" for part in (found.groups()[:3] if found[1] else found.groups()[3:])]
+    return rf"{base}$_{{\mathdefault{{{low}}}}}${rest}"
 
 
 def points_of(role: str) -> float:

@@ -146,7 +146,8 @@ def diagram_of(T: AttentionTensor, model: nn.Module | None = None) -> Network:
     if len(T.input) != 1:
         raise ValueError(f"a diagram is of one input; this operator has {len(T.input)}, so linearise one of them")
     weights = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-    stages, terms = Reader(T.tape, T.input, weights).stages, {}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    stages, terms = Reader(T.tape, T.input, weights, id(getattr(head, "weight", None))).stages, {}
     for name, diagrams in stages.items():
         terms[name] = tuple(sorted((_term(d, {"X", *terms}) for d in diagrams), key=lambda term: bool(term.label)))
     return Network(terms, T.input[0], tuple(T.output.shape[1:]))

@@ -30,8 +30,8 @@ class Node:
                 an identity that groups legs into its last one, drawn as the place where lines merge into a thick one
     ``tip``     of an isometry, a triangle: the legs at its tip. Contracted with itself over all others it is the
                 identity there.
-    ``inner``   what a nonlinearity ``fn`` takes in, drawn in a bubble: the numbers are fn(inner.contract());
-                ``frozen``: they were computed once and stay, and the bubble is a dashed frame
+    ``inner``   what a nonlinearity ``fn`` takes in, drawn in a bubble: the numbers are fn(inner.contract())
+    ``frozen``  the numbers were computed once and stay: a dashed edge
     """
 
     name: str

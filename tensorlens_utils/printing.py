@@ -15,8 +15,8 @@ from .notation import Diagram, Step
 def code(diagram: Diagram, kind: str = "einsum", order="best") -> str:
     """The contraction as a line of "einsum" or "einops", or as "torch", pair by pair in an order.
 
-    Tensors go by their names. Those that are no identifiers are spelt out, X⁻¹ as Xinv, A′ as Ap, and told
-    apart where two would be the same.
+    Tensors go by their names; those that are no identifiers are spelt out, X⁻¹ as Xinv, V† as Vh, A′ as Ap, and
+    told apart where two would be the same.
 
     Raises:
         ValueError: for another kind, or more legs than torch.einsum has letters.
@@ -53,7 +53,7 @@ def _identifiers(names: Iterable[str]) -> dict[str, str]:
     """An identifier for each name, no two the same."""
     found: dict[str, str] = {}
     for name in names:
-        plain = name.replace("⁻¹", "inv").replace("′", "p").replace("*", "s")
+        plain = name.replace("⁻¹", "inv").replace("†", "h").replace("′", "p").replace("*", "s")
         plain = "".join(c for c in plain if c.isalnum() or c == "_").strip("_")
         plain = plain if plain.isidentifier() else f"n{plain}"
         while plain in found.values():

@@ -6,9 +6,9 @@ rule per kind of call (below) says what stands in the picture:
     call                                     in the picture
     ----                                     --------------
     sum of two values                        both diagrams, side by side; a constant addend belongs to B
-    linear, addmm, matmul                    a matrix W, or an attention pattern A with its heads
-    norm                                     the centring C, and the scale 1/σ or γ/σ on dots
-    activation, gate                         its ratio r on dots: a diagonal matrix
+    linear, addmm, matmul                    a matrix W, or an attention pattern A with its heads, frozen at X
+    norm                                     the centring C, and the scale 1/σ or γ/σ on dots, frozen at X
+    activation, gate                         its ratio r on dots, frozen at X: a diagonal matrix
     reshape, transpose, cast                 nothing: legs are split, grouped or renamed
     split, index, repeat                     rows of the tensor before, else a selection S
     anything else                            the dense matrix that the call is, under its own name
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .notation import Diagram, Node
 from .tape import Node as Recorded
@@ -97,8 +97,8 @@ def _sent(node: Recorded, value: Tensor):
 class Reader:
     """Walks a tape and fills ``stages``, {name: the diagrams that add up to it}; the last one, "Y", is T·X."""
 
-    def __init__(self, tape: Tape, X: Tensor, weights: dict[int, str]):
-        self.weights, self.like, self.legs, self.names = weights, X, 0, Counter()
+    def __init__(self, tape: Tape, X: Tensor, weights: dict[int, str], unembedding: int | None = None):
+        self.weights, self.unembedding, self.like, self.legs, self.names = weights, unembedding, X, 0, Counter()
         self.stages: dict[str, tuple[Diagram, ...]] = {}
         self.d_model = X.shape[-1]
         readers = defaultdict(list)
@@ -175,12 +175,14 @@ class Reader:
 
     def scaled(self, x: Value, factor, name: str) -> Value | None:
         """A factor that broadcasts over x, on dots: a diagonal matrix. None where it makes x larger."""
+        weight = isinstance(factor, nn.Parameter)
         factor = torch.as_tensor(factor, dtype=self.like.dtype, device=self.like.device).detach()
         factor = factor[(None,) * (len(x.shape) - factor.dim())] if factor.dim() < len(x.shape) else factor
         if any(n not in (1, m) for n, m in zip(factor.shape, x.shape, strict=True)):
             return None
         legs = [leg for n, axis in zip(factor.shape, x.axes, strict=True) if n != 1 for leg in axis]
-        return x.times(Node(name, tuple(legs), factor.reshape([x.sizes[leg] for leg in legs])), x.axes)
+        factor = factor.reshape([x.sizes[leg] for leg in legs])
+        return x.times(Node(name, tuple(legs), factor, frozen=bool(legs) and not weight), x.axes)
 
     def reshaped(self, x: Value, shape: Sequence[int]) -> Value | None:
         """Legs dealt out to new axes in order; one that is too long for its axis is split."""
@@ -340,7 +342,7 @@ def weight_added(reader: Reader, node: Recorded):
 
 
 def _weighted(reader: Reader, x, W: Tensor, known: Tensor):
-    base = "d_model" if len(W) == reader.d_model else "d"
+    base = "vocab" if id(known) == reader.unembedding else "d_model" if len(W) == reader.d_model else "d"
     return reader.matrix(reader.value(x), -1, W, reader.name(known, "W"), base) if isinstance(x, Ref) else None
 
 
@@ -366,7 +368,7 @@ def patterned(reader: Reader, node: Recorded):
     shared = [leg for axis, n in batch if n > 1 for leg in axis]
     legs = (*shared, *axes[at], *summed)
     sizes = [x.sizes[leg] for leg in shared] + [A.shape[-2]] * bool(axes[at]) + [x.sizes[leg] for leg in summed]
-    return x.times(Node(reader.number("A"), legs, A.reshape(sizes)), axes)
+    return x.times(Node(reader.number("A"), legs, A.reshape(sizes), frozen=True), axes)
 
 
 @rule("view reshape flatten unflatten ravel squeeze unsqueeze contiguous clone to type type_as float double half "

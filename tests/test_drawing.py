@@ -310,3 +310,6 @@ def test_a_notebook_shows_each_picture_once():
     NotebookClient(nb, timeout=60).execute()
     shown = [sum("image/png" in out.get("data", {}) for out in cell.outputs) for cell in nb.cells]
     assert shown == [1, 1, 1, 1]
+    (picture,) = nb.cells[0].outputs  # what it shows stands beside it in words, and screen readers get them
+    words = describe(diagram("i j ->", A=None, sizes={"i": 2, "j": 3}))
+    assert picture.data["text/plain"] == picture.metadata["image/png"]["alt"] == words
