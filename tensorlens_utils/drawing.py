@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .geometry import FONT, NAME_PT, Label, Layout, Shape, points_of, typeset
 from .layouts import GAP, held, layout
-from .notation import Diagram
+from .notation import Diagram, fresh
 from .plotting import PAGE_WIDTH, PALETTE
 
 
@@ -148,10 +148,12 @@ def strip(diagram: Diagram, order="best", **how) -> Figure:
 
 def stages(diagram: Diagram, order="best") -> list:
     """The parts of `strip`, for `draw` and `describe`."""
-    parts = [diagram]
+    parts, names = [diagram], [node.name for node in diagram.operands()[0]]
     for step in [*diagram.steps(order)]:
         work, entries = diagram.price(step)
-        diagram = diagram.merge(*step.names, name=step.name)
+        taken = [names.pop(k) for k in reversed(step.positions)][::-1]
+        names.append(fresh(step.name, {node.name for node in diagram.nodes} - {*taken}))
+        diagram = diagram.merge(*taken, name=names[-1])
         parts += ["→", (diagram, f"{work:,} operations\n{entries:,} {'entry' if entries == 1 else 'entries'}")]
     return parts
 

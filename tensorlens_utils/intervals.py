@@ -22,12 +22,13 @@ def interval(values, of=None, *, n=4000, seed=1):
         ValueError: for fewer than two values, of which no draw could tell anything.
     """
     values = np.asarray(values, dtype=float)
-    of = np.ones(values.shape[-1]) if of is None else np.asarray(of, dtype=float)
-    if values.shape[-1] < 2 or of.shape != values.shape[-1:]:
+    of = np.ones(values.shape[-1:]) if of is None else np.asarray(of, dtype=float)
+    if values.shape[-1:] < (2,) or of.shape != values.shape[-1:]:
         raise ValueError(f"an interval takes two values or more on the last axis, and `of` as many; not {values.shape}"
                          f" and {of.shape}")
     draws = np.random.default_rng(seed).integers(values.shape[-1], size=(n, values.shape[-1]))
-    means = values[..., draws].mean(-1) / of[draws].mean(-1)
+    times = np.stack([np.bincount(draw, minlength=values.shape[-1]) for draw in draws], -1)  # that each value is drawn
+    means = values @ times / (of @ times)
     return np.stack([values.mean(-1) / of.mean(), *np.quantile(means, [0.025, 0.975], axis=-1)])
 
 

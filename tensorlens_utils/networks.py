@@ -8,8 +8,11 @@ summand is one diagram (Graphical tensor notation, 2402.01790):
 Multiplying the sums out gives the path expansion, T·X as a sum of diagrams, one for each way through the network.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,10 @@ class Term:
     diagram: Diagram
     source: str
     label: str
+
+    def branch(self, first: "Term") -> tuple[str, ...]:
+        """Its name, if it is a branch beside the stage's first term, which passes by; else nothing."""
+        return () if first.label or not self.label and self.source == first.source else (self.label or self.source,)
 
     def __call__(self, values: Tensor) -> Tensor:
         """The summand for K values of the source at once, (K, ...) -> (K, ...)."""
@@ -82,8 +89,7 @@ class Network:
             found = []
             for term in terms:
                 value = term(values[term.source])
-                branch = len(terms) > 1 and bool(term.label)
-                found.append(torch.cat([torch.zeros_like(value[:1]), value]) if branch else value)
+                found.append(torch.cat([torch.zeros_like(value[:1]), value]) if term.branch(terms[0]) else value)
             most = max(map(len, found))
             values[name] = sum(torch.cat([v, v.new_zeros(most - len(v), *v.shape[1:])]) for v in found)
         return values["Y"].reshape(-1, *self.shape)
@@ -94,7 +100,7 @@ class Network:
 
     def _paths(self, name: str) -> Iterator[Path]:
         for term in self.stages[name]:
-            own = (term.label,) if term.label and len(self.stages[name]) > 1 else ()
+            own = term.branch(self.stages[name][0])
             if term.source == "X":
                 X = self.X.reshape([term.diagram.sizes[leg] for leg in term.diagram["X"].legs])
                 yield Path(own, term.diagram.fill(X=X))
@@ -102,14 +108,9 @@ class Network:
                 for path in self._paths(term.source):
                     yield Path(path.branches + own, _inlined(term, path.diagram))
 
-    def by_head(self, leg: str = "head") -> "Network":
-        """The same network with one term for each attention head, A1.0, A1.1, ..., in place of their sum; or for each
-        value of another leg."""
-        stages = {}
-        for name, terms in self.stages.items():
-            stages[name] = tuple(
-                replace(term, diagram=term.diagram.pin(leg, k), label=f"{term.label}.{k}") if leg in term.diagram.sizes
-                else term for term in terms for k in range(term.diagram.sizes.get(leg, 1)))  # fmt: skip
+    def by_head(self) -> "Network":
+        """The same network with one term for each attention head, A1.0, A1.1, ..., in place of their sum."""
+        stages = {name: tuple(one for term in terms for one in _heads(term)) for name, terms in self.stages.items()}
         return Network(stages, self.X, self.shape)
 
     def parts(self, name: str) -> list:
@@ -149,16 +150,28 @@ def diagram_of(T: AttentionTensor, model: nn.Module | None = None) -> Network:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     stages, terms = Reader(T.tape, T.input, weights, id(getattr(head, "weight", None))).stages, {}
     for name, diagrams in stages.items():
-        terms[name] = tuple(sorted((_term(d, {"X", *terms}) for d in diagrams), key=lambda term: bool(term.label)))
+        held = [{id(node.tensor) for node in d.nodes} for d in diagrams]
+        common = set.intersection(*held) if len(held) > 1 else ()
+        found = (_term(d, {"X", *terms}, common) for d in diagrams)
+        order = ["X", *terms]
+        terms[name] = tuple(sorted(found, key=lambda term: (bool(term.label), order.index(term.source))))
     return Network(terms, T.input[0], tuple(T.output.shape[1:]))
 
 
-def _term(d: Diagram, sources: set[str]) -> Term:
-    names = [node.name for node in d.nodes]
-    (source,) = sources & {*names}
-    others = [name for name in names if name != source and name not in ("C", "1/σ", "γ/σ", "S")]
-    patterns = [name for name in others if name[0] == "A"]
+def _term(d: Diagram, sources: set[str], common: Container[int]) -> Term:
+    source = next(node.name for node in d.nodes if node.name in sources and node.tensor is None)
+    others = [node.name for node in d.nodes if node.tensor is not None and node.legs and id(node.tensor) not in common
+              and node.name.rstrip("′") not in ("C", "1/σ", "γ/σ", "S")]
+    patterns = [name for name in others if re.fullmatch(r"A\d+", name)]
     return Term(d, source, "·".join(patterns or reversed(others)))
+
+
+def _heads(term: Term) -> Iterator[Term]:
+    d = term.diagram
+    legs = [leg for leg in d.sizes if leg.rstrip("′") == "head" and leg not in d.output]
+    for k, place in enumerate(product(*(range(d.sizes[leg]) for leg in legs))):
+        pinned = reduce(lambda d, at: d.pin(*at), zip(legs, place, strict=True), d)
+        yield Term(pinned, term.source, f"{term.label}.{k}" if legs else term.label)
 
 
 def _inlined(term: Term, inner: Diagram) -> Diagram:
@@ -168,6 +181,11 @@ def _inlined(term: Term, inner: Diagram) -> Diagram:
     held = {leg for node in others for leg in node.legs}
     output = [leg for leg in dict.fromkeys((*term.diagram.output, *legs)) if leg in held]
     rest = Diagram(others, output, {leg: n for leg, n in term.diagram.sizes.items() if leg in held})
+    for k, leg in enumerate(legs):  # the stage's legs as the term has them: split where they are finer, else grouped
+        n = term.diagram.sizes[leg]
+        while (m := inner.sizes[inner.output[k]]) != n:
+            inner = (inner.split(inner.output[k], **{f"{leg}#{k}": n, f"{leg}#{k}.": m // n}) if m > n else
+                     inner.group(" ".join(inner.output[k:k + 2]), f"{leg}#{k}.{m}"))
     apart = {leg: f"{leg.rstrip('′')}#{k}" for k, leg in enumerate(inner.sizes)}
     apart |= dict(zip(inner.output, legs, strict=True))
     return tidy(rest.join(inner.rename(**apart), output=term.diagram.output))

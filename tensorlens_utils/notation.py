@@ -14,245 +14,25 @@ True
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
-import opt_einsum
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """One tensor of a diagram: its name, its legs in the order of its axes, and its numbers where it has any.
-
-    ``kind``    "tensor", a circle; "matrix", a square; "wire", an identity, which is drawn as a line alone; "joint",
-                an identity that groups legs into its last one, drawn as the place where lines merge into a thick one
-    ``tip``     of an isometry, a triangle: the legs at its tip. Contracted with itself over all others it is the
-                identity there.
-    ``inner``   what a nonlinearity ``fn`` takes in, drawn in a bubble: the numbers are fn(inner.contract())
-    ``frozen``  the numbers were computed once and stay: a dashed edge
-    """
-
-    name: str
-    legs: tuple[str, ...]
-    tensor: Tensor | None = None
-    kind: str = "tensor"
-    tip: tuple[str, ...] = ()
-    inner: "Diagram | None" = None
-    fn: Callable[[Tensor], Tensor] | None = None
-    frozen: bool = False
-
-    def numbers(self, sizes: Mapping[str, int]) -> Tensor | None:
-        if self.tensor is None and self.kind in ("wire", "joint"):
-            shape = [sizes[leg] for leg in self.legs]
-            return torch.eye(math.isqrt(math.prod(shape))).view(shape)
-        return self.fn(self.inner.contract()) if self.tensor is None and self.inner is not None else self.tensor
+from .contracting import Contraction, Node, fresh
 
 
-class Step(NamedTuple):
-    """One step of a contraction: the tensors that it takes, the legs of each, the legs that are left, and the name of
-    what it gives: those of its tensors, as the diagram has them in order."""
-
-    names: tuple[str, ...]
-    taken: tuple[tuple[str, ...], ...]
-    legs: tuple[str, ...]
-    positions: tuple[int, ...]
-    name: str
-
-
-class Cost(NamedTuple):
-    """What a contraction takes: floating-point operations, the entries of the largest intermediate, and a table."""
-
-    flops: int
-    largest: int
-    table: str
-
-    def __str__(self):
-        return self.table
-
-
-class Diagram:
+class Diagram(Contraction):
     """A network of tensors: ``nodes``, the ``output`` legs in order, the ``sizes`` of all legs, the ``grouped`` ones.
 
-    Raises ValueError where a leg has two sizes or none, or an output leg no end.
+    Each of its methods here is a move that a reader makes by hand, and gives another diagram; how it is read and
+    contracted is told by its base, ``Contraction``.
     """
-
-    def __init__(self, nodes: Iterable[Node], output: Sequence[str], sizes: Mapping[str, int] | None = None,
-                 grouped: Iterable[str] = ()):  # fmt: skip
-        self.nodes, self.grouped = _primed(tuple(nodes)), frozenset(grouped)
-        self.output, self.sizes = tuple(output), dict(sizes or {})
-        for node in self.nodes:
-            given = node.tensor.shape if node.tensor is not None else ()
-            if node.inner is not None:
-                given = [node.inner.sizes[leg] for leg in node.inner.output]
-            if node.tensor is not None and node.tensor.dim() != len(node.legs):
-                raise ValueError(f"a tensor has one leg for each axis; {node.name} of shape {tuple(node.tensor.shape)} "
-                                 f"has the legs {' '.join(node.legs) or 'none'}")  # fmt: skip
-            if node.inner is not None and len(given) != len(node.legs):
-                raise ValueError(f"the legs of a bubble are those that leave what it holds, and {node.name} holds a "
-                                 f"tensor with {' '.join(node.inner.output)}; insert a joint behind it, or merge it")
-            for leg, size in zip(node.legs, given, strict=False):
-                if self.sizes.setdefault(leg, size) != size:
-                    raise ValueError(f"a leg has one size at all its ends; {leg!r} has {self.sizes[leg]} and, at "
-                                     f"{node.name}, {size}")  # fmt: skip
-        ends = self.ends()
-        if len(set(self.output)) < len(self.output):
-            raise ValueError(f"an output leg comes once, and {' '.join(self.output)} repeats one; join two by a wire")
-        if stray := [leg for leg in self.output if leg not in ends]:
-            raise ValueError(f"an output leg belongs to a tensor; {stray[0]!r} is on none of "
-                             f"{', '.join(node.name for node in self.nodes)}")  # fmt: skip
-        if unknown := [leg for leg in ends if leg not in self.sizes]:
-            raise ValueError(f"a leg has a size, from its tensor's shape or from sizes=; {unknown[0]!r} has neither")
-        self.sizes = {leg: size for leg, size in self.sizes.items() if leg in ends}  # others are no legs of this one
-
-    # -- reading
-
-    def __getitem__(self, name: str) -> Node:
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(f"the tensors are {', '.join(node.name for node in self.nodes)}; there is no {name!r}")
-
-    def ends(self) -> dict[str, list[str]]:
-        """The names of the tensors at the ends of each leg."""
-        found: dict[str, list[str]] = {}
-        for node in self.nodes:
-            for leg in node.legs:
-                found.setdefault(leg, []).append(node.name)
-        return found
-
-    def bond(self, *names: str) -> str:
-        """The one leg that joins these tensors."""
-        shared = [leg for leg in self[names[0]].legs if all(leg in self[name].legs for name in names[1:])]
-        if len(shared) != 1:
-            raise ValueError(f"{' and '.join(names)} share {len(shared)} legs ({' '.join(shared)}), not one; name it")
-        return shared[0]
-
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.sizes[leg] for leg in self.output)
-
-    def __repr__(self):
-        parts = ", ".join(f"{node.name}({' '.join(node.legs)})" for node in self.nodes)
-        return f"Diagram({parts} -> {' '.join(self.output)})"
-
-    def describe(self) -> str:
-        """The diagram in words, for those who cannot see it."""
-        ends, tensors = self.ends(), [n for n in self.nodes if n.kind not in ("wire", "joint")]
-        inside = [f"{' and '.join(dict.fromkeys(names))} share {leg} ({self.sizes[leg]})"
-                  for leg, names in ends.items() if len(names) > 1]  # fmt: skip
-        free = [f"{leg} ({self.sizes[leg]})" for leg in self.output]
-        return ". ".join(filter(None, (
-            f"Tensors: {', '.join(n.name + _aside(n) for n in tensors)}",
-            "; ".join(inside), f"Free legs: {', '.join(free)}" if free else "No free leg: a number",
-        ))) + "."  # fmt: skip
-
-    # -- contraction
-
-    def operands(self) -> tuple[list[Node], dict[str, str]]:
-        """The tensors that a contraction multiplies, and what each leg is called in it: a wire renames, if it can."""
-        stands = {leg: leg for leg in self.sizes}
-        nodes = []
-        for node in self.nodes:
-            a, *others = {stands[leg]: None for leg in node.legs} if node.kind == "wire" else (None, None)
-            free = [leg for leg in (a, *others) if leg in self.output]
-            if node.kind == "wire" and len(free) < 2 and others:
-                keep = free[0] if free else a
-                stands = {leg: keep if other in (a, *others) else other for leg, other in stands.items()}
-            elif node.kind != "wire" or others:
-                nodes.append(node)
-        missing = set(self.output) - {stands[leg] for node in nodes for leg in node.legs}
-        if missing or not nodes:  # nothing but wires: a trace of the identity, say
-            return list(self.nodes), {leg: leg for leg in self.sizes}
-        return nodes, stands
-
-    def path(self, order="best") -> list[tuple[int, ...]]:
-        """``order`` as opt_einsum's list of positions: "best", "left to right", or pairs such as ["A B", "AB C"]."""
-        nodes, stands = self.operands()
-        if order == "best":
-            letters = {leg: opt_einsum.get_symbol(i) for i, leg in enumerate(self.sizes)}
-            inputs = ["".join(letters[stands[leg]] for leg in node.legs) for node in nodes]
-            expression = ",".join(inputs) + "->" + "".join(letters[leg] for leg in self.output)
-            shapes = [tuple(self.sizes[leg] for leg in node.legs) for node in nodes]
-            return opt_einsum.contract_path(expression, *shapes, shapes=True, optimize="auto")[0]
-        if order == "left to right":
-            return [(0,)] if len(nodes) == 1 else [(0, 1), *((0, k) for k in range(len(nodes) - 2, 0, -1))]
-        if isinstance(order, str):
-            raise ValueError(f'order is "best", "left to right" or a list of pairs such as ["A B"], not {order!r}')
-        held, path = [(k,) for k in range(len(nodes))], []
-        for pair in order:
-            names = _joined(nodes, held)
-            pair = pair.split() if isinstance(pair, str) else pair
-            if unknown := [name for name in pair if name not in names]:
-                raise ValueError(f"there is no {unknown[0]!r} to contract by then; there are {', '.join(names)}")
-            path.append(tuple(sorted(names.index(name) for name in pair)))
-            held.append(tuple(sorted(k for i in reversed(path[-1]) for k in held.pop(i))))
-        if len(held) > 1:
-            raise ValueError(f"the order ends with {', '.join(_joined(nodes, held))} still apart; add a pair for each")
-        return path or [(0,)]
-
-    def steps(self, order="best") -> Iterator[Step]:
-        """The contraction, step by step."""
-        nodes, stands = self.operands()
-        held = [((k,), tuple(stands[leg] for leg in node.legs)) for k, node in enumerate(nodes)]
-        path = self.path(order)
-        for k, positions in enumerate(path):
-            positions = tuple(sorted(positions))
-            taken = [held.pop(i) for i in reversed(positions)][::-1]
-            wanted = {*self.output, *(leg for _, legs in held for leg in legs)}
-            legs = tuple(dict.fromkeys(leg for _, own in taken for leg in own if leg in wanted))
-            legs = self.output if k == len(path) - 1 else legs
-            parts, own = zip(*taken, strict=True)
-            held.append((tuple(sorted(k for part in parts for k in part)), legs))
-            yield Step(_joined(nodes, parts), own, legs, positions, *_joined(nodes, [held[-1][0]]))
-
-    def contract(self, order="best") -> Tensor:
-        """The tensor that the diagram stands for, its axes in the order of ``output``."""
-        nodes, _ = self.operands()
-        held = [node.numbers(self.sizes) for node in nodes]
-        if empty := [node.name for node, tensor in zip(nodes, held, strict=True) if tensor is None]:
-            raise ValueError(f"a contraction needs numbers, and {', '.join(empty)} has none; d.fill({empty[0]}=...) "
-                             "gives them, and d.cost() and code(d) need none")  # fmt: skip
-        like = next((node.tensor for node in nodes if node.tensor is not None), held[0])
-        held = [tensor.to(like) if node.tensor is None else tensor for node, tensor in zip(nodes, held, strict=True)]
-        for step in self.steps(order):
-            tensors = [held.pop(i) for i in reversed(step.positions)][::-1]
-            number = {leg: i for i, leg in enumerate(dict.fromkeys(leg for legs in step.taken for leg in legs))}
-            pairs = [part for tensor, legs in zip(tensors, step.taken, strict=True)
-                     for part in (tensor, [number[leg] for leg in legs])]  # fmt: skip
-            held.append(torch.einsum(*pairs, [number[leg] for leg in step.legs]))
-        return held[0]
-
-    def price(self, step: Step) -> tuple[int, int]:
-        """The floating-point operations of one step, and the entries of what it gives."""
-        union = {leg for legs in step.taken for leg in legs}
-        products, size = (math.prod(self.sizes[leg] for leg in legs) for legs in (union, step.legs))
-        return products * (len(step.names) - 1) + (products if len(union) > len(step.legs) else 0), size
-
-    def cost(self, order="best") -> Cost:
-        """What contracting takes in that order, step by step: a multiplication and an addition for each product."""
-        rows, flops, largest = [], 0, 0
-        for step in self.steps(order):
-            work, size = self.price(step)
-            flops, largest = flops + work, max(largest, size)
-            rows.append(f"{' · '.join(step.names):28}{' '.join(step.legs) or 'a number':28}{work:>16,}{size:>14,}")
-        return Cost(flops, largest, "\n".join([
-            f"{'contract':28}{'legs left':28}{'operations':>16}{'entries':>14}", *rows,
-            f"{'in all; the largest':56}{flops:>16,}{largest:>14,}"]))  # fmt: skip
 
     # -- a reader's moves; each gives another diagram
 
     def _with(self, nodes: Iterable[Node], output: Sequence[str] | None = None, /, **sizes: int) -> "Diagram":
-        nodes = tuple(nodes)
-        output = self.output if output is None else output
-        used = {*output, *(leg for node in nodes for leg in node.legs)}
-        kept = {leg: size for leg, size in {**self.sizes, **sizes}.items() if leg in used}
-        return Diagram(nodes, output, kept, self.grouped & kept.keys())
-
-    def _replaced(self, name: str, /, *nodes: Node, **sizes: int) -> "Diagram":
-        self[name]
-        new = [n for node in self.nodes for n in (nodes if node.name == name else (node,))]
-        return self._with(new, **sizes)
+        return Diagram(nodes, self.output if output is None else output, {**self.sizes, **sizes}, self.grouped)
 
     def fill(self, /, **tensors: Tensor) -> "Diagram":
         """The same diagram with numbers."""
@@ -267,9 +47,9 @@ class Diagram:
     def rename(self, /, **legs: str) -> "Diagram":
         """The same diagram with legs of other names; an inner leg that is called so already gets a prime."""
         new = {leg: legs.get(leg, leg) for leg in self.sizes}
-        for leg in self.sizes.keys() - legs.keys() - {*self.output}:
-            while Counter(new.values())[new[leg]] > 1:
-                new[leg] += "′"
+        for leg in self.sizes:
+            if leg not in legs and leg not in self.output:
+                new[leg] = fresh(leg, {new[x] for x in new if x != leg})
         if len(set(new.values())) < len(new):
             raise ValueError("a free leg's new name is not another's; two legs are joined by trace() or join()")
         nodes = [replace(node, legs=tuple(new[leg] for leg in node.legs), tip=tuple(new[leg] for leg in node.tip))
@@ -317,14 +97,14 @@ class Diagram:
         names = {}
         for leg in self.sizes:
             if leg in others and leg not in self.output:
-                names[leg] = leg
-                while names[leg] in taken:
-                    names[leg] += "′"
+                names[leg] = fresh(leg, taken)
                 taken.add(names[leg])
         return self.rename(**names)
 
     def merge(self, *names: str, name: str | None = None) -> "Diagram":
         """Some of the tensors contracted into one."""
+        if not names or len({*names}) < len(names):
+            raise ValueError(f"a merge takes some of the tensors, each once; not {' '.join(names) or 'none'}")
         inside = [self[n] for n in names]
         outside = {*self.output, *(leg for node in self.nodes if node.name not in names for leg in node.legs)}
         legs = tuple(dict.fromkeys(leg for node in inside for leg in node.legs if leg in outside))
@@ -335,17 +115,25 @@ class Diagram:
         at = min(i for i, node in enumerate(self.nodes) if node.name in names)
         return self._with([*rest[:at], new, *rest[at:]])
 
+    def _solid(self, node: Node) -> Node:
+        """A wire or a joint as the tensor that it is."""
+        return replace(node, tensor=node.numbers(self.sizes), kind="tensor") if node.kind in ("wire", "joint") else node
+
     def group(self, legs: str, into: str) -> "Diagram":
         """Some legs as one, the first slowest: by reshaping the tensors that have them all, else by a joint on output
         legs."""
         parts = tuple(legs.split())
+        if not parts or len({*parts}) < len(parts) or not {*parts} <= self.sizes.keys():
+            raise ValueError(f"grouped legs are some of {' '.join(self.sizes)}, each once; not {legs!r}")
+        if into in self.sizes.keys() - {*parts}:
+            raise ValueError(f"a group has a name of its own, and {into!r} is a leg already")
         size = math.prod(self.sizes[leg] for leg in parts)
         whole = [node for node in self.nodes if set(parts) <= set(node.legs)]
         inside = all(len(names) == sum(leg in node.legs for node in whole) for leg in parts
                      for names in [self.ends()[leg]])  # fmt: skip
         free = [leg in self.output for leg in parts]
         if inside and (all(free) or not any(free)):
-            nodes = [_grouped(node, parts, into) if node in whole else node for node in self.nodes]
+            nodes = [_grouped(self._solid(node), parts, into) if node in whole else node for node in self.nodes]
         elif all(free):
             nodes = [*self.nodes, Node("", (*parts, into), kind="joint")]
         else:
@@ -354,8 +142,7 @@ class Diagram:
         output = [leg for leg in self.output if leg not in parts]
         if all(free):
             output.insert(first, into)
-        found = self._with(nodes, output, **{into: size})
-        return Diagram(found.nodes, found.output, found.sizes, found.grouped | {into})
+        return Diagram(nodes, output, {**self.sizes, into: size}, self.grouped | {into})
 
     def split(self, leg: str, /, **parts: int) -> "Diagram":
         """One leg as several, the first slowest."""
@@ -364,23 +151,27 @@ class Diagram:
         joint = next((node for node in self.nodes if node.kind == "joint" and node.legs[-1] == leg), None)
         if joint and self.ends()[leg] == [joint.name] and [self.sizes[x] for x in joint.legs[:-1]] == [*parts.values()]:
             output = [x for old in self.output for x in (joint.legs[:-1] if old == leg else (old,))]
-            apart = self._with([node for node in self.nodes if node is not joint], output)  # grouping, undone
-            return apart.rename(**dict(zip(joint.legs, parts, strict=False)))
+            undone = self._with([node for node in self.nodes if node is not joint], output)
+            return undone.rename(**dict(zip(joint.legs, parts, strict=False)))
         if clash := [x for x in parts if x in self.sizes and x != leg]:
             raise ValueError(f"the parts of a leg have names of their own, and {clash[0]!r} is a leg already")
-        nodes = []
+
+        def apart(legs):
+            return tuple(x for old in legs for x in (parts if old == leg else (old,)))
+
+        sizes, nodes = {**self.sizes, **parts}, []
         for node in self.nodes:
-            legs = tuple(x for old in node.legs for x in (tuple(parts) if old == leg else (old,)))
-            tip = tuple(x for old in node.tip for x in (tuple(parts) if old == leg else (old,)))
-            sizes = {**self.sizes, **parts}
+            node = self._solid(node) if leg in node.legs else node
+            legs = apart(node.legs)
             tensor = node.tensor if node.tensor is None else node.tensor.reshape([sizes[x] for x in legs])
-            nodes.append(replace(node, legs=legs, tip=tip, tensor=tensor) if leg in node.legs else node)
-        output = [x for old in self.output for x in (tuple(parts) if old == leg else (old,))]
-        return self._with(nodes, output, **parts)
+            nodes.append(replace(node, legs=legs, tip=apart(node.tip), tensor=tensor))
+        return self._with(nodes, apart(self.output), **parts)
 
     def insert(self, leg: str, *matrices: tuple[str, Tensor]) -> "Diagram":
         """Matrices (name, numbers) on a line, from its first end to its second or to the output; none: an identity."""
-        new = [f"{leg}{'′' * (k + 1)}" for k in range(max(1, len(matrices)))]
+        new: list[str] = []
+        for _ in matrices or (None,):
+            new.append(fresh(f"{leg}′", {*self.sizes, *new}))
         chain = [leg, *new]
         if leg in self.output and len(self.ends()[leg]) == 1:
             nodes, output = list(self.nodes), [new[-1] if x == leg else x for x in self.output]
@@ -401,29 +192,32 @@ class Diagram:
         pseudo-inverse then undoes it, and the bond grows."""
         if X.dim() != 2 or X.shape[0] > X.shape[1] or X.shape[0] != self.sizes[leg]:
             raise ValueError(f"a gauge on {leg!r} is ({self.sizes[leg]}, at least as many), not {tuple(X.shape)}")
+        if torch.linalg.matrix_rank(X) < len(X):
+            raise ValueError(f"a gauge has an inverse on its right, and {name} has dependent rows; take another")
         return self.insert(leg, (name, X), (f"{name}⁻¹", torch.linalg.pinv(X)))
 
     def hole(self, name: str) -> list["Diagram"]:
         """The derivative by a tensor: the diagram with that tensor taken out, whose legs become free, one such diagram
         for each place where the same tensor (by its name up to primes) stands. Their contractions add up to it."""
-        holes = []
+        holes, tensor = [], self[name].tensor
+        if inside := [node.name for node in self.nodes if node.inner and not node.frozen and _holds(node.inner, name)]:
+            raise ValueError(f"a hole is where a diagram is linear, and {name} is in the bubble {inside[0]}; freeze it")
         for node in self.nodes:
-            if node.name.rstrip("′") != name.rstrip("′"):
+            if node.name.rstrip("′") != name.rstrip("′") or node.tensor is not tensor:
                 continue
             rest, freed = [n for n in self.nodes if n.name != node.name], []
             sizes = dict(self.sizes)
             for k, leg in enumerate(node.legs):
                 if leg in (*self.output, *node.legs[:k]):  # both ends are free now: they are joined by a wire
-                    freed.append(leg + "*" * (1 + node.legs[:k].count(leg)))
+                    freed.append(fresh(leg + "*", {*sizes, *freed}))
                     sizes[freed[-1]] = self.sizes[leg]
                     rest.append(Node("1", (leg, freed[-1]), kind="wire"))
                 else:
                     freed.append(leg)
                     if not any(leg in other.legs for other in rest):  # it was summed over by this tensor alone
-                        rest.append(Node("1s", (leg,), torch.ones(self.sizes[leg], dtype=node.tensor.dtype)))
+                        rest.append(Node("1s", (leg,), torch.ones(self.sizes[leg]) if tensor is None else
+                                         tensor.new_ones(self.sizes[leg])))
             holes.append(self._with(rest, (*self.output, *freed), **sizes))
-        if not holes:
-            self[name]
         return holes
 
     def decompose(self, name: str, legs: str, how: str = "svd", rank: int | None = None, bond: str | None = None,
@@ -433,7 +227,7 @@ class Diagram:
         node = self[name]
         left = tuple(legs.split())
         right = tuple(leg for leg in node.legs if leg not in left)
-        if not left or not right or not set(left) <= set(node.legs):
+        if not right or sorted((*left, *right)) != sorted(node.legs) or not left or len({*node.legs}) < len(node.legs):
             raise ValueError(f"a decomposition splits the legs {' '.join(node.legs)} of {name} in two; not {legs!r}")
         if node.tensor is None:
             raise ValueError(f"a decomposition needs numbers, and {name} has none; d.fill({name}=...) gives them")
@@ -443,7 +237,8 @@ class Diagram:
         if bond in self.sizes:
             raise ValueError(f"a new bond has a name of its own, and {bond!r} is a leg already; name it by bond=")
         M = node.tensor.permute([node.legs.index(leg) for leg in (*left, *right)])
-        shape, M = M.shape, M.reshape(math.prod(self.sizes[leg] for leg in left), -1)
+        rows, columns = M.shape[:len(left)], M.shape[len(left):]
+        M = M.reshape(math.prod(rows), math.prod(columns))
         if how == "svd":
             U, S, V = torch.linalg.svd(M, full_matrices=False)
             U, S, V = U[:, :rank], S[:rank], V[:rank]
@@ -456,9 +251,9 @@ class Diagram:
             middle, ends = [], ()
         else:
             raise ValueError(f'a decomposition is by "svd" or "qr", not {how!r}')
-        first = Node(u, (*left, bond), U.reshape(*shape[:len(left)], -1), tip=(bond,))
-        second = Node(v, (bond, *right), V.reshape(-1, *shape[len(left):]), tip=ends)
-        return self._replaced(name, first, *middle, second, **{bond: U.shape[1]})
+        put = [Node(u, (*left, bond), U.reshape(*rows, U.shape[1]), tip=(bond,)), *middle,
+               Node(v, (bond, *right), V.reshape(len(V), *columns), tip=ends)]
+        return self._with(n for old in self.nodes for n in (put if old is node else (old,)))
 
     def canonical(self, centre: str) -> "Diagram":
         """The same network, a tree, every tensor but the ``centre`` made an isometry with its tip towards it: by QR,
@@ -466,16 +261,24 @@ class Diagram:
         found, reached, queue = self, {centre: None}, [self[centre].name]
         for name in queue:
             for leg in self[name].legs:
-                others = [n for n in self.ends()[leg] if n != name]
-                if len(others) > 1 or others and others[0] in reached and others[0] != reached[name]:
+                ends = self.ends()[leg]
+                others = [n for n in ends if n != name]
+                if len(ends) + (leg in self.output) != 2 or ends.count(name) > 1:
+                    raise ValueError(f"in a canonical form each leg joins two tensors or is free, and {leg!r} does not")
+                if others and others[0] in reached and others[0] != reached[name]:
                     raise ValueError(f"only a tree has a canonical form, and this has a loop through {leg!r}")
                 if others and others[0] not in reached:
                     reached[others[0]] = name
                     queue.append(others[0])
+        if apart := [node.name for node in self.nodes if node.name not in reached]:
+            raise ValueError(f"a canonical form is of a connected network, and {apart[0]} is not joined to {centre}")
         spare, bond = (max(names, key=len) + "*" for names in ((node.name for node in self.nodes), self.sizes))
         for name in reversed(queue[1:]):
             leg = found.bond(name, reached[name])
             rest = " ".join(x for x in found[name].legs if x != leg)
+            if not rest:  # a vector: all of it goes to the centre
+                found = found.merge(reached[name], name, name=reached[name])
+                continue
             found = found.decompose(name, rest, "qr", bond=bond, names=f"{name} {spare}")
             found = found.merge(reached[name], spare, name=reached[name]).rename(**{bond: leg})
         return found
@@ -518,10 +321,8 @@ def bubble(inner: Diagram, fn: Callable[[Tensor], Tensor], name: str, frozen: bo
 # ---------------------------------------------------------------------------------------------------- names and legs
 
 
-def _aside(node: Node) -> str:
-    """What else a description says of a tensor."""
-    inner = f", which takes in {' '.join(n.name for n in node.inner.nodes)}" if node.inner else ""
-    return (", an isometry" if node.tip else "") + (", frozen" if node.frozen else "") + inner
+def _holds(d: Diagram, name: str) -> bool:
+    return any(n.name.rstrip("′") == name.rstrip("′") or n.inner and _holds(n.inner, name) for n in d.nodes)
 
 
 def _alphabet() -> Iterator[str]:
@@ -529,32 +330,13 @@ def _alphabet() -> Iterator[str]:
         yield chr(65 + k % 26) + (str(k // 26) if k >= 26 else "")
 
 
-def _primed(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Names that come twice get primes: V, V′."""
-    seen: set[str] = set()
-    out = []
-    for node in nodes:
-        name = node.name
-        while name in seen:
-            name += "′"
-        seen.add(name)
-        out.append(node if name == node.name else replace(node, name=name))
-    return tuple(out)
-
-
-def _joined(nodes: Sequence[Node], groups: Iterable[tuple[int, ...]]) -> tuple[str, ...]:
-    return tuple("".join(nodes[k].name for k in group) for group in groups)
-
-
 def _grouped(node: Node, parts: tuple[str, ...], into: str) -> Node:
-    at = min(node.legs.index(leg) for leg in parts)
-    rest = [leg for leg in node.legs if leg not in parts]
-    before = [leg for leg in node.legs[:at] if leg not in parts]
-    order = [*before, *parts, *rest[len(before):]]
-    legs = (*before, into, *rest[len(before):])
+    axes = [node.legs.index(leg) for leg in parts]
+    at = min(axes)
+    after = [k for k in range(at, len(node.legs)) if k not in axes]
+    legs = (*node.legs[:at], into, *(node.legs[k] for k in after))
     tensor = node.tensor
     if tensor is not None:
-        tensor = tensor.permute([node.legs.index(leg) for leg in order])
-        tensor = tensor.flatten(len(before), len(before) + len(parts) - 1)
+        tensor = tensor.permute(*range(at), *axes, *after).flatten(at, at + len(axes) - 1)
     tip = tuple(dict.fromkeys(into if leg in parts else leg for leg in node.tip))
     return replace(node, legs=legs, tensor=tensor, tip=tip)

@@ -6,10 +6,14 @@
 einops.einsum(A, B, "i j, j k -> i k")
 """
 
+import keyword
+import math
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .notation import Diagram, Step
+from .contracting import Step
+from .notation import Diagram
 
 
 def code(diagram: Diagram, kind: str = "einsum", order="best") -> str:
@@ -25,19 +29,25 @@ def code(diagram: Diagram, kind: str = "einsum", order="best") -> str:
     names = list(_identifiers(node.name for node in nodes).values())
     legs = [[stands[leg] for leg in node.legs] for node in nodes]
     used = list(dict.fromkeys(leg for own in legs for leg in own))
+    first = next((name for node, name in zip(nodes, names, strict=True) if node.kind not in ("wire", "joint")), None)
+    lines = [f"{name} = torch.eye({math.isqrt(math.prod(shape))}).view{shape}" + f".to({first})" * bool(first)
+             for node, name in zip(nodes, names, strict=True) if node.kind in ("wire", "joint")
+             for shape in [tuple(diagram.sizes[leg] for leg in node.legs)]]  # fmt: skip
     if kind == "einops":
         axis = _identifiers(used)
         inputs = ", ".join(" ".join(axis[leg] for leg in own) for own in legs)
-        return f'einops.einsum({", ".join(names)}, "{inputs} -> {" ".join(axis[leg] for leg in diagram.output)}")'
+        lines += [f'einops.einsum({", ".join(names)}, "{inputs} -> {" ".join(axis[leg] for leg in diagram.output)}")']
+        return "\n".join(lines)
     if kind == "einsum":
         if len(used) > 52:
             raise ValueError(f'torch.einsum has 52 letters, and this has {len(used)} legs; use code(diagram, "torch")')
         letters = dict(zip(used, _letters(used), strict=True))
         inputs = ",".join("".join(letters[leg] for leg in own) for own in legs)
-        return f'torch.einsum("{inputs}->{"".join(letters[leg] for leg in diagram.output)}", {", ".join(names)})'
+        lines += [f'torch.einsum("{inputs}->{"".join(letters[leg] for leg in diagram.output)}", {", ".join(names)})']
+        return "\n".join(lines)
     if kind != "torch":
         raise ValueError(f'code is "einsum", "einops" or "torch", not {kind!r}')
-    held, taken_names, lines = list(names), set(names), []
+    held, taken_names = list(names), set(names)
     for step in diagram.steps(order):
         taken = [held.pop(i) for i in reversed(step.positions)][::-1]
         result = "".join(taken) if len(taken) > 1 else f"{taken[0]}_"
@@ -54,9 +64,9 @@ def _identifiers(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in names:
         plain = name.replace("⁻¹", "inv").replace("†", "h").replace("′", "p").replace("*", "s")
-        plain = "".join(c for c in plain if c.isalnum() or c == "_").strip("_")
-        plain = plain if plain.isidentifier() else f"n{plain}"
-        while plain in found.values():
+        plain = "".join(c for c in unicodedata.normalize("NFKC", plain) if f"n{c}".isidentifier()).strip("_")
+        plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"n{plain}"
+        while plain in (*found.values(), "torch", "einops"):
             plain += "2"
         found[name] = plain
     return found
@@ -86,6 +96,8 @@ def _torch_step(names: list[str], step: Step) -> str:
         if alone := [i for i, leg in enumerate(legs) if leg not in step.legs and leg not in elsewhere]:
             name, legs = f"{name}.sum({tuple(alone)})", [leg for i, leg in enumerate(legs) if i not in alone]
         operands.append((name, legs))
+    if len(operands) > 2:
+        raise ValueError(f'"torch" goes two by two, and a step takes {" ".join(names)}; give an order of pairs')
     if len(operands) == 1:
         return _permuted(*operands[0], step.legs)
     (A, a), (B, b) = operands

@@ -18,11 +18,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from .notation import Diagram, Node
+from .notation import Diagram, Node, fresh
+from .rules import diagonal
 from .tape import Node as Recorded
 from .tape import Ref, Tape, leaves
 from .values import title
@@ -74,24 +76,37 @@ def tidy(d: Diagram) -> Diagram:
     bases = {leg: leg.partition("#")[0] for leg in (*d.output, *d.sizes)}
     names: dict[str, str] = {}
     for leg, base in bases.items():
-        while base in names.values():
-            base += "′"
-        names[leg] = base
+        names[leg] = fresh(base, names.values())
     return d.rename(**names)
 
 
+def _thick(d: Diagram, axis: tuple[str, ...], into: str) -> Diagram:
+    """An axis of several legs as one: by a joint, where they are the stage's, which has no numbers to permute."""
+    own = d.nodes[0].legs
+    if {*axis} <= {*own} and axis not in [own[k:k + len(axis)] for k in range(len(own))]:
+        d, axis = reduce(Diagram.insert, axis, d), [fresh(f"{leg}′", d.sizes) for leg in axis]
+    return d.group(" ".join(axis), into)
+
+
 def called(node: Recorded) -> str:
-    return title(node.fn).rpartition(".")[2]
+    return "rules.diagonal" if node.fn is diagonal else title(node.fn).rpartition(".")[2]
 
 
 def refs(node: Recorded) -> list[Ref]:
     return [x for x in leaves((node.args, node.kwargs)) if isinstance(x, Ref)]
 
 
-def _sent(node: Recorded, value: Tensor):
-    """What the linear part of a call of one value makes of this one."""
-    args, kwargs = node.arguments(lambda x: value if isinstance(x, Ref) else x, linear=True)
+def _sent(node: Recorded, value: Callable[[Ref], Tensor]):
+    """What the linear part of a call makes of these values."""
+    args, kwargs = node.arguments(lambda x: value(x) if isinstance(x, Ref) else x, linear=True)
     return node.fn(*args, **kwargs)
+
+
+def _in_order(node: Recorded) -> Recorded:
+    """The operands by their places, also those that are given by name."""
+    named = [k for k in ("input", "mat1", "mat2", "weight", "other") if k in node.kwargs]
+    rest = {k: x for k, x in node.kwargs.items() if k not in named}
+    return node._replace(args=(*node.args, *(node.kwargs[k] for k in named)), kwargs=rest)
 
 
 class Reader:
@@ -114,7 +129,7 @@ class Reader:
                 kin[i] = kin[refs(node)[0].index] if refs(node) and (called(node) in VIEWS or node.inplace) else set()
                 self.overwritten |= kin[i] if node.inplace else set()
                 kin[i].add(i)
-                summed = len(readers[i]) == 1 and readers[i][0] in SUMS  # it is itself part of a sum
+                summed = len(readers[i]) == 1 and readers[i][0] in SUMS | {"copy_"}  # it is itself part of a sum
                 if isinstance(value, Value) and len(value.terms) > 1 and not summed and i != tape.output.index:
                     value = self.closed(f"x{len(self.stages) + 1}", value)
                 self.values[i] = value
@@ -146,7 +161,7 @@ class Reader:
         terms = value.terms
         for axis in value.axes:
             if len(axis) > 1:
-                terms = [d.group(" ".join(axis), self.leg("d_model")) for d in terms]
+                terms = [_thick(d, axis, self.leg("d_model")) for d in terms]
         self.stages[name] = tuple(map(tidy, terms))
         return self.symbol(name, value.shape)
 
@@ -160,7 +175,7 @@ class Reader:
         """One call, by its rule; as the dense matrix that it is, where it has none or the rule does not fit."""
         name = called(node)
         rule = RULES.get(name)
-        found = rule(self, node) if rule and (len(refs(node)) == 1 or name in SUMS or node.inplace) else None
+        found = rule(self, _in_order(node)) if rule and (len(refs(node)) == 1 or name in SUMS or node.inplace) else None
         return self.dense(node) if found is None else found
 
     # -- what rules are made of
@@ -194,7 +209,7 @@ class Reader:
                 if n % size and size % n:
                     return None
                 if n < size:
-                    pair = (self.leg("head"), self.leg("d_head"))
+                    pair = (self.leg(leg.partition("#")[0]), self.leg("d_head"))
                     x = x.split(leg, (pair[0], n), (pair[1], size // n))
                     queue[:1] = pair
                     continue
@@ -229,11 +244,12 @@ class Reader:
             n = math.prod(x.shape)
 
             def run(v, ref=ref, x=x):
-                zero = {r: self.like.new_zeros(self.value(r).shape) for r in refs(node)} | {ref: v.view(x.shape)}
-                args, kwargs = node.arguments(lambda y: zero[y] if isinstance(y, Ref) else y, linear=True)
-                return node.fn(*args, **kwargs)
+                return _sent(node, lambda r: v.view(x.shape) if r == ref else self.like.new_zeros(self.value(r).shape))
 
-            shape = run(self.like.new_zeros(n)).shape
+            out = run(self.like.new_zeros(n))
+            if not isinstance(out, Tensor) or not out.numel():
+                raise ValueError(f"{title(node.fn)} gives a part without entries, which no diagram shows; leave it out")
+            shape = out.shape
             if math.prod(shape) * n > LARGEST:
                 raise MemoryError(f"{title(node.fn)} has no picture of its own, and as a matrix it would have "
                                   f"{math.prod(shape):,} × {n:,} entries; take a shorter input")  # fmt: skip
@@ -280,10 +296,9 @@ def rule(names: str):
 @rule("add sub rsub __add__ __radd__ __sub__ __rsub__")
 def total(reader: Reader, node: Recorded):
     """a ± b: both, side by side; a constant belongs to B."""
-    a, b = (*node.args, *node.kwargs.values())[:2]
-    a, b = (b, a) if "rsub" in called(node) else (a, b)
-    if node.kwargs.keys() - {"other"}:
+    if node.kwargs or len(node.args) > 2:
         return None
+    a, b = node.args[::-1] if "rsub" in called(node) else node.args
     negative = "sub" in called(node)
     if not isinstance(a, Ref) or not isinstance(b, Ref):
         x, constant = (reader.value(a), b) if isinstance(a, Ref) else (reader.value(b), a)
@@ -297,7 +312,7 @@ def total(reader: Reader, node: Recorded):
 SUMS = frozenset(RULES)
 
 
-@rule("mul multiply __mul__ __rmul__ diagonal")
+@rule("mul multiply __mul__ __rmul__ rules.diagonal")
 def product(reader: Reader, node: Recorded):
     """r ⊙ z: a diagonal matrix, a vector on dots."""
     a, b = node.args[:2]
@@ -313,6 +328,12 @@ def quotient(reader: Reader, node: Recorded):
     if not isinstance(x, Ref) or node.kwargs:
         return None
     return reader.scaled(reader.value(x), 1 / c, reader.number("r") if isinstance(c, Tensor) else f"1/{c:g}")
+
+
+@rule("neg negative __neg__")
+def negated(reader: Reader, node: Recorded):
+    """−z."""
+    return reader.scaled(reader.value(node.args[0]), -1.0, "−1")
 
 
 @rule("normalised")
@@ -354,21 +375,24 @@ def patterned(reader: Reader, node: Recorded):
     if A.dim() == 2 and not left:
         return _weighted(reader, x, A.T, A)
     x, A = reader.value(x), A.detach().to(reader.like)
-    if A.dim() < 2 or len(x.shape) < 2:
-        return None
-    A = A if left else A.mT  # (..., new, summed)
     ndim = len(x.shape)
-    A = A[(None,) * (ndim - A.dim())] if A.dim() < ndim else A
-    batch = [(axis, n) for axis, n in zip(x.axes[:-2], A.shape[:-2], strict=False)]
-    if A.dim() > ndim or any(n not in (1, m) for (_, n), m in zip(batch, x.shape, strict=False)):
+    if not 2 <= A.dim() <= ndim:
         return None
+    A = (A if left else A.mT)[(None,) * (ndim - A.dim())]  # (..., new, summed)
+    batch = [*zip(A.shape[:-2], x.shape, strict=False)]
+    if any(n not in (1, m) and m > 1 for n, m in batch):
+        return None
+    x = x.renamed(**{leg: reader.leg("head") for (n, _), axis in zip(batch, x.axes, strict=False) if n > 1
+                     for leg in axis})  # fmt: skip
     at = -2 if left else -1
-    summed, axes = x.axes[at], [*x.axes]
-    axes[at] = (reader.leg("seq" if left else "d_model"),) if A.shape[-2] > 1 else ()
-    shared = [leg for axis, n in batch if n > 1 for leg in axis]
-    legs = (*shared, *axes[at], *summed)
-    sizes = [x.sizes[leg] for leg in shared] + [A.shape[-2]] * bool(axes[at]) + [x.sizes[leg] for leg in summed]
-    return x.times(Node(reader.number("A"), legs, A.reshape(sizes), frozen=True), axes)
+    summed, axes, sizes = x.axes[at], [*x.axes], dict(x.sizes)
+    new = {at: "seq" if left else "d_model"} | {k: "head" for k, (n, m) in enumerate(batch) if n > m}  # all read one v
+    for k, base in new.items():
+        n = A.shape[-2 if k == at else k]
+        axes[k] = (reader.leg(base),) if n > 1 else ()
+        sizes |= dict.fromkeys(axes[k], n)
+    legs = (*(leg for k, (n, _) in enumerate(batch) if n > 1 for leg in axes[k]), *axes[at], *summed)
+    return x.times(Node(reader.number("A"), legs, A.reshape([sizes[leg] for leg in legs]), frozen=True), axes)
 
 
 @rule("view reshape flatten unflatten ravel squeeze unsqueeze contiguous clone to type type_as float double half "
@@ -376,7 +400,7 @@ def patterned(reader: Reader, node: Recorded):
 def reshape(reader: Reader, node: Recorded):
     """The same numbers on other axes: no tensor at all."""
     x = reader.value(refs(node)[0])
-    return reader.reshaped(x, _sent(node, reader.like.new_zeros(x.shape)).shape)
+    return reader.reshaped(x, _sent(node, lambda _: reader.like.new_zeros(x.shape)).shape)
 
 
 @rule("copy_")
@@ -390,7 +414,7 @@ def written(reader: Reader, node: Recorded):
 def transpose(reader: Reader, node: Recorded):
     """Axes in another order."""
     x = reader.value(refs(node)[0])
-    places = _sent(node, torch.empty(*range(2, 2 + len(x.shape)))).shape  # each axis is known by its length
+    places = _sent(node, lambda _: torch.empty(*range(2, 2 + len(x.shape)))).shape  # each axis is known by its length
     return x.arranged([x.axes[place - 2] for place in places])
 
 
@@ -403,7 +427,7 @@ VIEWS = frozenset(name for name, f in RULES.items() if f in (reshape, transpose)
 def selection(reader: Reader, node: Recorded):
     """Some of the entries along one axis, and zeros: which, the entries' own numbers tell when sent through."""
     x = reader.value(refs(node)[0])
-    sent = _sent(node, _numbers(x).to(reader.like.device))
+    sent = _sent(node, lambda _: _numbers(x).to(reader.like.device))
     found = [_along_one_axis(reader, x, out.cpu()) for out in ([sent] if isinstance(sent, Tensor) else sent)]
     if any(value is None for value in found):
         return None
@@ -416,13 +440,14 @@ def _numbers(x: Value) -> Tensor:
 
 def _along_one_axis(reader: Reader, x: Value, out: Tensor) -> Value | None:
     """x with the entries numbered in ``out``, if these differ from all of them along one axis alone."""
-    for axis in range(len(x.shape)):
+    if torch.equal(out.flatten(), _numbers(x).flatten()):
+        return reader.reshaped(x, out.shape)
+    for axis in range(min(len(x.shape), out.dim() + 1)):
         full = out if out.dim() == len(x.shape) else out.unsqueeze(axis)
         if full.dim() == len(x.shape) and full.numel():
             first = full.movedim(axis, 0).flatten(1)[:, 0].long() - 1  # -1 where zero
             rows = torch.where(first < 0, -1, first // math.prod(x.shape[axis + 1:]) % x.shape[axis])
             S = (rows[:, None] == torch.arange(x.shape[axis])).double()
             if torch.equal(torch.tensordot(S, _numbers(x), ([1], [axis])).movedim(0, axis), full):
-                same = torch.equal(S, torch.eye(x.shape[axis]).double())
-                return reader.reshaped(x if same else reader.selected(x, axis, rows, S), out.shape)
+                return reader.reshaped(reader.selected(x, axis, rows, S), out.shape)
     return None
