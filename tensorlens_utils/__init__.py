@@ -11,6 +11,7 @@ _HOMES = {
     "values": ("UnsupportedOperation",),
     "linearize": ("linearize", "linearize_function"),
     "tensor": ("AttentionTensor",),
+    "explaining": ("explain",),
     "networks": ("diagram_of",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}

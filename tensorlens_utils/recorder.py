@@ -41,23 +41,31 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             return None  # under no_grad a value would lose its mark of depending on X
-        deps = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
         rule, name, inplace = rule_of(func)
-        if not deps and (inplace or "out" in kwargs):
-            self.tape.keep(kwargs.get("out", args[0]))
-        if not deps or rule is shape_only:
+        if rule is shape_only:
             return func(*args, **kwargs)
+        deps = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor) and t.requires_grad]
+        if not deps:
+            if inplace or "out" in kwargs:
+                self.tape.keep(kwargs.get("out", args[0]))
+            return func(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self.meet(Call(func, name, args, kwargs, deps), rule, inplace)
         with torch.inference_mode(False), torch.enable_grad():
-            for t in deps:
-                self.check(t)
-            if rule is None:
-                self.refuse(f"linearize has no rule for {title(func)}")
-            if not inplace:
-                return rule(self, Call(func, name, args, kwargs, deps))
-            call = Call(functional(name), name, args, kwargs, deps)
-            if dependent(old := args[0]):  # what is overwritten may be wanted by a backward pass
-                call = call.hold(old, self.tag(old.clone(), replace(old._tag, base=base_of(old))))
-            return self.write(old, rule(self, call))
+            return self.meet(Call(func, name, args, kwargs, deps), rule, inplace)
+
+    def meet(self, call: Call, rule: Callable | None, inplace: bool):
+        """The call's output by its rule; in place, written to what it overwrites."""
+        for t in call.deps:
+            self.check(t)
+        if rule is None:
+            self.refuse(f"linearize has no rule for {title(call.func)}")
+        if not inplace:
+            return rule(self, call)
+        call.func, old = functional(call.name), call.args[0]
+        if dependent(old):  # what is overwritten may be wanted by a backward pass
+            call = call.hold(old, self.tag(old.clone(), replace(old._tag, base=base_of(old))))
+        return self.write(old, rule(self, call))
 
     # -- where X enters, and what may follow
 

@@ -164,8 +164,8 @@ def ratio(fn, z, y):
         small = z.abs() < torch.finfo(z.dtype).eps ** (1 / 3)
         r = torch.where(small, derivative(fn, z / 2).to(y), (y - zero) / z)
         return r, y - z * r
-    small, r = z == 0, y / z
-    return (torch.where(small, derivative(fn, torch.zeros_like(z)).to(r), r) if small.any() else r), None
+    r = y / z
+    return (r if z.all() else torch.where(z == 0, derivative(fn, torch.zeros_like(z)).to(r), r)), None
 
 
 def slope(fn, z, y):
@@ -277,7 +277,8 @@ def norm(rec, call: Call):
     with torch.no_grad():
         at = rec.constant(x, "norm", call.name)
         at = at.float() if at.dtype in (torch.float16, torch.bfloat16) else at
-        square = at.var(dims, correction=0, keepdim=True) if centre else at.square().mean(dims, keepdim=True)
+        at = at - at.mean(dims, keepdim=True) if centre else at
+        square = at.square().mean(dims, keepdim=True)
         scale = torch.rsqrt(square + (torch.finfo(at.dtype).eps if a["eps"] is None else a["eps"]))
         scale = scale if a["weight"] is None else scale * a["weight"]
     return rec.record(normalised, (x, scale, a.get("bias"), dims if centre else None), addends=(2,), gate=x._tag.gate)
@@ -390,10 +391,10 @@ def larger(rec, call: Call):
 @rule("dropout alpha_dropout feature_dropout batch_norm")
 def inactive(rec, call: Call):
     """dropout and batch norm: affine in eval mode; random, or of the whole batch, in training."""
-    dropout = "dropout" in call.name
-    if call.bind(input=None, p=0.0, train=False)["train"] if dropout else call.args[5]:
+    a = call.bind(input=None, p=0.5, train=None)
+    if a.get("training", a["train"]) if "dropout" in call.name else call.args[5]:
         rec.refuse(f"{title(call.func)} in training mode is no function of X alone; call it with training=False")
-    return pointwise(rec, call) if dropout else linear(rec, call)
+    return a["input"] if "dropout" in call.name else linear(rec, call)
 
 
 @rule("type_as to expand_as view_as reshape_as")
@@ -474,8 +475,13 @@ def register_rule(target, rule: Callable) -> None:
 
 def registered(module: type) -> Callable | None:
     """The rule that stands for the whole forward of a module class, if there is one."""
-    found = (REGISTERED.get(c) or REGISTERED.get(f"{c.__module__}.{c.__qualname__}") for c in module.__mro__)
-    return next(filter(None, found), None)
+    return next((REGISTERED[key] for key in _keys(module) if key in REGISTERED), None)
+
+
+@functools.cache
+def _keys(module: type) -> tuple:
+    """What a module class may be registered under: itself, a class that it inherits from, the path of either."""
+    return tuple(key for c in module.__mro__ for key in (c, f"{c.__module__}.{c.__qualname__}"))
 
 
 @functools.cache
@@ -498,6 +504,7 @@ def rule_of(func) -> tuple[Callable | None, str, bool]:
         return shape_only, name, inplace
     if name not in RULES and (name.startswith("new_") or name.endswith("_like")):
         return filled, name, inplace
-    if python and ("inplace" in func.__code__.co_varnames or name not in RULES or func is F.batch_norm):
+    opened = python and ("inplace" in func.__code__.co_varnames or name not in RULES or func is F.batch_norm)
+    if opened and func is not F.dropout:  # which every block calls, to no effect
         return composite, name, False
     return RULES.get(name), name, inplace

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_NESTS = (tuple, list, dict)  # made once: a union that stands where it is used is made at every call
+
 
 class Ref(NamedTuple):
     """Where a replay finds a value: the output of node ``index`` (-1: the input), or its member ``item``."""
@@ -23,6 +25,11 @@ class Node(NamedTuple):
     addends: tuple = ()
     inplace: bool = False
 
+    @property
+    def leaves(self) -> list:
+        """All that it is called with, ``Ref`` and constant."""
+        return leaves((*self.args, *self.kwargs.values()))
+
     def arguments(self, value: Callable, linear: bool) -> tuple[list, dict]:
         """What to call ``fn`` with, given each value of a ``Ref``; for its linear part, constant addends are zero."""
         read = dict.fromkeys(self.addends, lambda x: value(x) if isinstance(x, Ref) else _zero(x)) if linear else {}
@@ -34,7 +41,10 @@ def leaves(x) -> list:
     """The leaves of nested lists, tuples and dicts; a ``Ref`` is a leaf."""
     out = []
     for y in x.values() if isinstance(x, dict) else x if _nested(x) else (x,):
-        out.extend(leaves(y)) if _nested(y) else out.append(y)
+        if isinstance(y, _NESTS) and type(y) is not Ref:  # _nested(y), without the call: these are the busiest lines
+            out += leaves(y)
+        else:
+            out.append(y)
     return out
 
 
@@ -46,7 +56,7 @@ def map_leaves(f, x):
 
 
 def _nested(x) -> bool:
-    return isinstance(x, tuple | list | dict) and type(x) is not Ref
+    return isinstance(x, _NESTS) and type(x) is not Ref
 
 
 def _zero(x):
@@ -75,7 +85,7 @@ class Tape:
             return isinstance(x, Tensor) and x.untyped_storage().data_ptr() == at
 
         for i, node in enumerate(self.nodes):
-            if any(map(shares, leaves((node.args, node.kwargs)))):
+            if any(map(shares, node.leaves)):
                 args, kwargs = map_leaves(lambda x: x.clone() if shares(x) else x, (node.args, node.kwargs))
                 self.nodes[i] = node._replace(args=args, kwargs=kwargs)
 
@@ -89,13 +99,13 @@ class Tape:
         for i in reversed(range(len(self.nodes))):
             node = self.nodes[i]
             if i in live or node.inplace:
-                for x in leaves((node.args, node.kwargs)):
+                for x in node.leaves:
                     if isinstance(x, Ref):
                         live.add(x.index)
                         self.last.setdefault(x.index, i)
             else:
                 self.nodes[i] = None
-        constants = {id(x): x for n in self.nodes if n for x in leaves((n.args, n.kwargs)) if isinstance(x, Tensor)}
+        constants = {id(x): x for n in self.nodes if n for x in n.leaves if isinstance(x, Tensor)}
         self.versions = [(x, x._version) for x in constants.values() if not x.is_inference()]
         sizes = [self.sizes[i] for i in live if i in self.sizes]
         self.widest, self.precision = (max(column, default=0) for column in zip(*sizes, strict=True))
@@ -114,7 +124,7 @@ class Tape:
             args, kwargs = node.arguments(value, linear)
             out = node.fn(*args, **kwargs)
             values[i] = args[0] if node.inplace else out
-            for x in leaves((node.args, node.kwargs)):
+            for x in node.leaves:
                 if isinstance(x, Ref) and self.last[x.index] == i:
                     values.pop(x.index, None)
         return value(self.output)

@@ -141,12 +141,9 @@ class AttentionTensor:
         """Cotangents that go back together: as many as keep the largest value of the network near the cache, 16 MB."""
         return max(1, int(16e6 / max(1, self.tape.widest)))
 
-    @torch.enable_grad()
-    def slice(self, position: int | Tensor = -1) -> Tensor:
-        """T[:, position] (N, D', L, D), exact: D' cotangents, in chunks.
-
-        ``position``: an int for all inputs, −1 being each input's last unmasked token; or an (N,) tensor, which counts
-        masked positions too.
+    def positions(self, position: int | Tensor = -1) -> Tensor:
+        """One output position of each input, (N,): an int means the same for all, −1 each input's last unmasked token;
+        an (N,) tensor counts masked positions too.
         """
         N, M = self._Y.shape[:2]
         at = torch.as_tensor(position, device=self._Y.device)
@@ -156,7 +153,13 @@ class AttentionTensor:
         at = at.expand(N) if at.dim() == 0 else at
         if at.shape != (N,) or at.is_floating_point() or at.min() < -M or at.max() >= M:
             raise ValueError(f"position must be an int or ({N},) ints in [-{M}, {M}), the outputs, not {position}")
-        return self._rows(self._Y[torch.arange(N, device=at.device), at])
+        return at
+
+    @torch.enable_grad()
+    def slice(self, position: int | Tensor = -1) -> Tensor:
+        """T[:, position] (N, D', L, D), exact: D' cotangents, in chunks. ``position`` as in ``positions``."""
+        at = self.positions(position)
+        return self._rows(self._Y[torch.arange(len(at), device=at.device), at])
 
     def _rows(self, rows: Tensor) -> Tensor:
         """The gradients of every entry of ``rows`` (N, R) by X, as (N, R, L, D)."""
