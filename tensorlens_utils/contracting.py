@@ -112,6 +112,9 @@ class Contraction:
                 return node
         raise KeyError(f"the tensors are {', '.join(node.name for node in self.nodes)}; there is no {name!r}")
 
+    def _check_legs(self, *legs: str):
+        known("legs", legs, self.sizes)
+
     def ends(self) -> dict[str, list[str]]:
         """The names of the tensors at the ends of each leg."""
         found: dict[str, list[str]] = {}
@@ -170,6 +173,8 @@ class Contraction:
     def path(self, order="best") -> list[tuple[int, ...]]:
         """``order`` as opt_einsum's list of positions: "best", "left to right", or pairs such as ["A B", "AB C"]."""
         nodes, stands = self.operands()
+        if not nodes:
+            return []
         if order == "best":
             letters = {leg: opt_einsum.get_symbol(i) for i, leg in enumerate(self.sizes)}
             inputs = ["".join(letters[stands[leg]] for leg in node.legs) for node in nodes]
@@ -212,6 +217,8 @@ class Contraction:
     def contract(self, order="best") -> Tensor:
         """The tensor that the diagram stands for, its axes in the order of ``output``."""
         nodes, _ = self.operands()
+        if not nodes:
+            return torch.ones(())  # a product of nothing
         held = [node.numbers(self.sizes) for node in nodes]
         if empty := [node.name for node, tensor in zip(nodes, held, strict=True) if tensor is None]:
             raise ValueError(f"a contraction needs numbers, and {', '.join(empty)} has none; d.fill({empty[0]}=...) "
@@ -263,6 +270,12 @@ def _primed(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
         seen.add(name)
         out.append(node if name == node.name else replace(node, name=name))
     return tuple(out)
+
+
+def known(what: str, names: Iterable[str], among: Iterable[str]):
+    """Refuses names that are none of those."""
+    if unknown := [name for name in names if name not in among]:
+        raise ValueError(f"the {what} are {', '.join(among) or 'none'}; there is no {unknown[0]!r}")
 
 
 def fresh(name: str, taken: Container[str]) -> str:

@@ -52,6 +52,8 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
     >>> trace = diagram("i i ->", M=None, sizes={"i": 3})
     >>> figure = draw((trace, "the trace"), "=", (trace.merge("M"), "a number"))
     """
+    if wrong := [place for place in (colours or {}).values() if not hasattr(place, "__index__")]:
+        raise ValueError(f"a colour is a place in plotting.PALETTE, such as 2; not {wrong[0]!r}")
     found = page(*parts, positions=positions, scale=scale, labels=labels)
     left, bottom, right, top = found.box
     left, bottom, right, top = left - GAP, bottom - GAP, right + GAP, top + GAP
@@ -88,7 +90,11 @@ def draw(*parts, positions: Mapping[str, tuple[float, float]] | None = None, sca
 
 def page(*parts, positions=None, scale: float = 1.0, labels: str = "free") -> Layout:
     """The layout of a whole figure: its parts in rows, each about one line, captions below."""
-    pairs = [part if isinstance(part, tuple) else (part, "") for part in parts]
+    pairs = [part if isinstance(part, tuple) and len(part) == 2 else (part, "") for part in parts]
+    wrong = [part for part, _ in pairs if not isinstance(part, Diagram | Layout | str)]
+    if wrong or not pairs:
+        raise ValueError("a figure is of diagrams, layouts and texts, each alone or as (part, caption); not of "
+                         + (repr(wrong[0]) if wrong else "nothing"))  # fmt: skip
     blocks, pins = [], iter(held([part for part, _ in pairs if isinstance(part, Diagram)], positions))
     for part, caption in pairs:
         block = (layout(part, next(pins), scale, labels) if isinstance(part, Diagram) else

@@ -19,15 +19,21 @@ def interval(values, of=None, *, n=4000, seed=1):
         n: draws; seed: of the draws, which are the same for the same m.
 
     Raises:
-        ValueError: for fewer than two values, of which no draw could tell anything.
+        ValueError: for fewer than two values, of which no draw could tell anything, for values that are not finite, and
+            where a mean of `of` is not above 0.
     """
     values = np.asarray(values, dtype=float)
     of = np.ones(values.shape[-1:]) if of is None else np.asarray(of, dtype=float)
     if values.shape[-1:] < (2,) or of.shape != values.shape[-1:]:
         raise ValueError(f"an interval takes two values or more on the last axis, and `of` as many; not {values.shape}"
                          f" and {of.shape}")
+    if not (np.isfinite(values).all() and np.isfinite(of).all()):
+        raise ValueError("an interval takes finite values, and here some are not; leave out what was not measured")
     draws = np.random.default_rng(seed).integers(values.shape[-1], size=(n, values.shape[-1]))
     times = np.stack([np.bincount(draw, minlength=values.shape[-1]) for draw in draws], -1)  # that each value is drawn
+    if min(of.mean(), (of @ times).min()) <= 0:
+        raise ValueError("a ratio of means is of a whole above 0, and here the mean of `of` is not, at least in some "
+                         "draws; take values of one sign")  # fmt: skip
     means = values @ times / (of @ times)
     return np.stack([values.mean(-1) / of.mean(), *np.quantile(means, [0.025, 0.975], axis=-1)])
 

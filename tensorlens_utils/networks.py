@@ -126,6 +126,8 @@ class Network:
     def _input(self, V: Tensor | None) -> Tensor:
         if V is not None and V.shape != self.X.shape:
             raise ValueError(f"V is of the shape of X without its batch, {tuple(self.X.shape)}; not {tuple(V.shape)}")
+        if V is not None and V.is_complex() and not self.X.is_complex():
+            raise ValueError(f"V is real, as X is; not {V.dtype}. T takes the real and the imaginary part apart")
         return self.X if V is None else V.to(self.X)
 
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .contracting import Contraction, Node, fresh
+from .contracting import Contraction, Node, fresh, known
 
 
 class Diagram(Contraction):
@@ -42,10 +42,13 @@ class Diagram(Contraction):
 
     def look(self, /, **kinds: str) -> "Diagram":
         """The same diagram with tensors drawn as another kind: "tensor" (a circle) or "matrix" (a square)."""
+        known("tensors", kinds, [node.name for node in self.nodes])
+        known("kinds", kinds.values(), ["tensor", "matrix"])
         return self._with(replace(node, kind=kinds.get(node.name, node.kind)) for node in self.nodes)
 
     def rename(self, /, **legs: str) -> "Diagram":
         """The same diagram with legs of other names; an inner leg that is called so already gets a prime."""
+        self._check_legs(*legs)
         new = {leg: legs.get(leg, leg) for leg in self.sizes}
         for leg in self.sizes:
             if leg not in legs and leg not in self.output:
@@ -71,7 +74,8 @@ class Diagram(Contraction):
 
     def pin(self, leg: str, index: int) -> "Diagram":
         """One value of a leg, such as one head: the leg is gone, and every tensor on it shows that slice alone."""
-        if leg not in self.sizes or not -self.sizes[leg] <= index < self.sizes[leg]:
+        whole = hasattr(index, "__index__") and not isinstance(index, bool)
+        if leg not in self.sizes or not whole or not -self.sizes[leg] <= index < self.sizes[leg]:
             raise ValueError(f"a pin takes a leg of {' '.join(self.sizes)} and a place on it, not {leg!r} and {index}")
         nodes = []
         for node in self.nodes:
@@ -146,6 +150,7 @@ class Diagram(Contraction):
 
     def split(self, leg: str, /, **parts: int) -> "Diagram":
         """One leg as several, the first slowest."""
+        self._check_legs(leg)
         if math.prod(parts.values()) != self.sizes[leg]:
             raise ValueError(f"the parts of a leg multiply to its size: {leg!r} has {self.sizes[leg]}, not {parts}")
         joint = next((node for node in self.nodes if node.kind == "joint" and node.legs[-1] == leg), None)
@@ -159,16 +164,17 @@ class Diagram(Contraction):
         def apart(legs):
             return tuple(x for old in legs for x in (parts if old == leg else (old,)))
 
-        sizes, nodes = {**self.sizes, **parts}, []
-        for node in self.nodes:
-            node = self._solid(node) if leg in node.legs else node
-            legs = apart(node.legs)
-            tensor = node.tensor if node.tensor is None else node.tensor.reshape([sizes[x] for x in legs])
-            nodes.append(replace(node, legs=legs, tip=apart(node.tip), tensor=tensor))
+        sizes, nodes = {**self.sizes, **parts}, list(self.nodes)
+        for k, node in enumerate(self.nodes):
+            if leg in node.legs:
+                node, legs = self._solid(node), apart(node.legs)
+                tensor = node.tensor if node.tensor is None else node.tensor.reshape([sizes[x] for x in legs])
+                nodes[k] = replace(node, legs=legs, tip=apart(node.tip), tensor=tensor)
         return self._with(nodes, apart(self.output), **parts)
 
     def insert(self, leg: str, *matrices: tuple[str, Tensor]) -> "Diagram":
         """Matrices (name, numbers) on a line, from its first end to its second or to the output; none: an identity."""
+        self._check_legs(leg)
         new: list[str] = []
         for _ in matrices or (None,):
             new.append(fresh(f"{leg}′", {*self.sizes, *new}))
@@ -190,6 +196,8 @@ class Diagram(Contraction):
     def gauge(self, leg: str, X: Tensor, name: str = "X") -> "Diagram":
         """X·X⁻¹ on a line, which changes nothing of the whole. X (rows, columns) may have more columns than rows: its
         pseudo-inverse then undoes it, and the bond grows."""
+        self._check_legs(leg)
+        _check_dtype("a gauge", name, X)
         if X.dim() != 2 or X.shape[0] > X.shape[1] or X.shape[0] != self.sizes[leg]:
             raise ValueError(f"a gauge on {leg!r} is ({self.sizes[leg]}, at least as many), not {tuple(X.shape)}")
         if torch.linalg.matrix_rank(X) < len(X):
@@ -203,7 +211,7 @@ class Diagram(Contraction):
         if inside := [node.name for node in self.nodes if node.inner and not node.frozen and _holds(node.inner, name)]:
             raise ValueError(f"a hole is where a diagram is linear, and {name} is in the bubble {inside[0]}; freeze it")
         for node in self.nodes:
-            if node.name.rstrip("′") != name.rstrip("′") or node.tensor is not tensor:
+            if node.name.rstrip("′") != name.rstrip("′") or not _same(node.tensor, tensor):
                 continue
             rest, freed = [n for n in self.nodes if n.name != node.name], []
             sizes = dict(self.sizes)
@@ -231,8 +239,14 @@ class Diagram(Contraction):
             raise ValueError(f"a decomposition splits the legs {' '.join(node.legs)} of {name} in two; not {legs!r}")
         if node.tensor is None:
             raise ValueError(f"a decomposition needs numbers, and {name} has none; d.fill({name}=...) gives them")
-        if rank is not None and (rank < 1 or how != "svd"):
-            raise ValueError(f'a rank is 1 or more, and goes with "svd"; not {rank!r} with {how!r}')
+        if rank is not None and (not hasattr(rank, "__index__") or rank < 1 or how != "svd"):
+            raise ValueError(f'a rank is 1 or more, a whole number, and goes with "svd"; not {rank!r} with {how!r}')
+        if how not in ("svd", "qr"):
+            raise ValueError(f'a decomposition is by "svd" or "qr", not {how!r}')
+        made = (names or ("U S V" if how == "svd" else "Q R")).split()
+        if len(made) != (3 if how == "svd" else 2):
+            raise ValueError(f"the names are one for each tensor that {how} gives; not {names!r}")
+        _check_dtype("a decomposition", name, node.tensor)
         bond = bond or f"{name.lower()}{len(self.sizes)}"
         if bond in self.sizes:
             raise ValueError(f"a new bond has a name of its own, and {bond!r} is a leg already; name it by bond=")
@@ -242,15 +256,13 @@ class Diagram(Contraction):
         if how == "svd":
             U, S, V = torch.linalg.svd(M, full_matrices=False)
             U, S, V = U[:, :rank], S[:rank], V[:rank]
-            u, s, v = (names or "U S V").split()
+            u, s, v = made
             middle = [Node(s, (bond,), S)]
             ends = (bond,)
-        elif how == "qr":
-            U, V = torch.linalg.qr(M)
-            u, v = (names or "Q R").split()
-            middle, ends = [], ()
         else:
-            raise ValueError(f'a decomposition is by "svd" or "qr", not {how!r}')
+            U, V = torch.linalg.qr(M)
+            u, v = made
+            middle, ends = [], ()
         put = [Node(u, (*left, bond), U.reshape(*rows, U.shape[1]), tip=(bond,)), *middle,
                Node(v, (bond, *right), V.reshape(len(V), *columns), tip=ends)]
         return self._with(n for old in self.nodes for n in (put if old is node else (old,)))
@@ -300,6 +312,8 @@ def diagram(expression: str, *tensors: Tensor | None, names: str | None = None, 
     left, arrow, right = expression.partition("->")
     blanks = any(" " in part.strip() for part in (*left.split(","), right))
     operands = [tuple(part.split() if blanks else part.strip()) for part in left.split(",")]
+    if names and len(names.split()) != len(tensors):
+        raise ValueError(f"there is a name for each tensor; {names!r} has {len(names.split())}, not {len(tensors)}")
     given = [*zip(names.split() if names else _alphabet(), tensors, strict=False), *named.items()]
     if len(given) != len(operands):
         raise ValueError(f"an expression has one operand for each tensor; {expression!r} has {len(operands)}, not "
@@ -319,6 +333,19 @@ def bubble(inner: Diagram, fn: Callable[[Tensor], Tensor], name: str, frozen: bo
 
 
 # ---------------------------------------------------------------------------------------------------- names and legs
+
+
+def _check_dtype(what: str, name: str, tensor: Tensor):
+    if tensor.dtype not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        raise ValueError(f"{what} is of float32, float64 or complex numbers, and {name} is {tensor.dtype}; "
+                         f"{name}.double() makes them")  # fmt: skip
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """One tensor in two places, also where a move has reshaped it in both."""
+    if a is None or b is None or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return a is b
+    return a is b or torch.equal(a, b)
 
 
 def _holds(d: Diagram, name: str) -> bool:

@@ -73,7 +73,13 @@ class Question:
         AssertionError: not answered yet
         """
         _must(answer is not None, "not answered yet")
-        self.judge(answer)
+        try:
+            self.judge(answer)
+        except Exception as error:  # of whatever kind: an answer may be anything
+            if isinstance(error, AssertionError):
+                raise
+            raise AssertionError(f"an answer of another form is asked for, and this one cannot be judged: {error}"
+                                 ) from None  # fmt: skip
 
     def solution(self) -> HTML:
         """The answer and how one gets there, folded away, for a notebook."""
@@ -173,7 +179,8 @@ def _must(right: bool, hint: str):
 
 def _whole(answer) -> int:
     answer = answer.item() if hasattr(answer, "item") else answer
-    _must(isinstance(answer, int | float) and answer == int(answer), f"a whole number, such as 3; not {answer!r}")
+    number = isinstance(answer, int | float) and not isinstance(answer, bool) and np.isfinite(answer)
+    _must(number and answer == int(answer), f"a whole number, such as 3; not {answer!r}")
     return int(answer)
 
 

@@ -327,7 +327,9 @@ def quotient(reader: Reader, node: Recorded):
     x, c = node.args[:2]
     if not isinstance(x, Ref) or node.kwargs:
         return None
-    return reader.scaled(reader.value(x), 1 / c, reader.number("r") if isinstance(c, Tensor) else f"1/{c:g}")
+    if isinstance(c, Tensor):
+        return reader.scaled(reader.value(x), 1 / c.to(reader.like), reader.number("r"))  # not in an integer's float32
+    return reader.scaled(reader.value(x), 1 / c, f"1/{c:g}")
 
 
 @rule("neg negative __neg__")

@@ -28,7 +28,17 @@ def test_draws_follow_from_their_seed():
     assert show(interval(values), 1).startswith("9.5 [")
 
 
-@pytest.mark.parametrize(("values", "of"), [([1.0], None), ([], None), ([1.0, 2.0], [1.0]), ([1.0, 2.0], [[1.0, 2.0]])])
+@pytest.mark.parametrize(("values", "of"), [(3.0, None), ([1.0], None), ([], None), ([1.0, 2.0], [1.0]),
+                                            ([1.0, 2.0], [[1.0, 2.0]])])  # fmt: skip
 def test_too_few_values_are_refused(values, of):
     with pytest.raises(ValueError, match="an interval takes two values or more"):
+        interval(values, of)
+
+
+@pytest.mark.parametrize("values, of, message", [
+    ([1.0, float("nan")], None, "finite values"), ([1.0, 2.0], [1.0, float("inf")], "finite values"),
+    ([1.0, 2.0], [0.0, 0.0], "a whole above 0"), ([1.0, 2.0, 3.0], [-1.0, 1.0, -0.5], "a whole above 0"),
+    ([1.0, 2.0, 3.0], [-1.0, 1.0, 0.5], "at least in some draws")])  # fmt: skip
+def test_what_has_no_interval_is_refused(values, of, message):
+    with pytest.raises(ValueError, match=message):
         interval(values, of)

@@ -7,8 +7,9 @@ import torch
 from pictures import numbers, showcase
 
 from tensorlens_utils.decompositions import train
+from tensorlens_utils.drawing import describe, draw, stages
 from tensorlens_utils.notation import Diagram, Node, bubble, diagram
-from tensorlens_utils.printing import code
+from tensorlens_utils.printing import _identifiers, code
 
 A, B = numbers(2, 3), numbers(3, 4)
 PRODUCT = diagram("i j, j k -> i k", A=A, B=B)
@@ -151,6 +152,7 @@ def test_traces_and_wires():
 @pytest.mark.parametrize("expression, shapes, name", [
     ("i j, j k -> i k", [(2, 3), (3, 4)], "A"), ("i j, j k -> i k", [(2, 3), (3, 4)], "B"),
     ("i i, i -> i", [(3, 3), (3,)], "A"), ("i j -> i", [(2, 3)], "A"), ("i i ->", [(3, 3)], "A"),
+    ("i, i* k, i* -> i k", [(2,), (2, 3), (2,)], "A"),
     ("i r, j r, k r -> i j k", [(2, 3), (2, 3), (4, 3)], "B")])  # fmt: skip
 def test_a_hole_is_the_derivative(expression, shapes, name):
     tensors = [numbers(*shape) for shape in shapes]
@@ -204,7 +206,68 @@ def test_a_bubble_is_contracted_first():
     assert frozen["relu"].frozen and close(frozen.contract(), torch.relu(W @ x))
 
 
+SHARED = diagram("i j, j k, k l -> i l", numbers(2, 3), numbers(3, 4), numbers(4, 2), names="A B AB")
+WIRED = PRODUCT.insert("j")  # A(i j), a wire (j j′), B(j′ k)
+LOOP = Diagram([Node("1", ("i", "j"), kind="wire"), Node("1", ("j", "i"), kind="wire"), Node("A", ("k", "l"), A)],
+               "kl", {"i": 3, "j": 3})  # fmt: skip
+BUBBLE = bubble(diagram("i j, j -> i", W=numbers(4, 3), x=numbers(3)), torch.tanh, "tanh")
+V = numbers(3)
+
+
+@pytest.mark.parametrize("d, want", [
+    (lambda: PRODUCT.gauge("j", numbers(3, 3)).gauge("j", numbers(3, 5)), A @ B),
+    (lambda: PRODUCT.gauge("i", numbers(2, 2)).gauge("i", A), A @ B),
+    (lambda: PRODUCT.insert("j").insert("j").insert("j′"), A @ B),
+    (lambda: diagram("i j, j j′, j′ k -> i k", A, numbers(3, 3), B).gauge("j", numbers(3, 3)), A @ numbers(3, 3) @ B),
+    (lambda: LOOP, 3 * A), (lambda: LOOP.merge("1", "1′"), 3 * A),
+    (lambda: WIRED.merge("1"), A @ B), (lambda: WIRED.merge("1", "A"), A @ B),
+    (lambda: WIRED.split("j", a=1, b=3), A @ B), (lambda: WIRED.split("j′", a=3, b=1), A @ B),
+    (lambda: WIRED.group("j", "g"), A @ B), (lambda: PRODUCT.insert("i").group("i′ k", "g"), (A @ B).flatten()),
+    (lambda: PRODUCT.insert("i").split("i′", a=2, b=1), (A @ B).view(2, 1, 4)),
+    (lambda: diagram("i j", numbers(3, 3)).trace("i", "j").group("i j", "g"), numbers(3, 3).trace()),
+    (lambda: BUBBLE.join(diagram("i k", M=torch.ones(4, 2, dtype=torch.int64))), BUBBLE.contract().sum().expand(2)),
+    (lambda: BUBBLE.join(diagram("i", z=numbers(4) + 1j)), (BUBBLE.contract() * (numbers(4) + 1j)).sum()),
+    (lambda: diagram("i ->", V).merge("A").hole("A")[0], torch.ones(()))])  # fmt: skip
+def test_moves_that_once_went_wrong(d, want):
+    assert close(d().contract().to(want.dtype), want)
+
+
+def test_another_tensor_of_the_same_name_has_no_part_in_a_hole():
+    d = diagram("i j", A=A).join(diagram("j k", A=B))
+    assert [hole.shape() for hole in d.hole("A")] == [(2, 4, 2, 3)]
+    assert close(d.hole("A")[0].contract(), torch.autograd.functional.jacobian(lambda x: x @ B, A))
+
+
+def test_what_stands_twice_stands_twice_also_after_a_split():
+    v = numbers(4)
+    twice = diagram("i, i, k -> k", v, v, numbers(4), names="v v w")
+    for moved in (twice.split("k", a=2, b=2), twice.split("i", a=2, b=2), twice.group("i", "g")):
+        assert len(moved.hole("v")) == 2
+
+
+def test_steps_are_told_apart_where_their_names_would_be_the_same():
+    shown = [part[0] for part in stages(SHARED, "left to right") if isinstance(part, tuple)]
+    assert [[node.name for node in d.nodes] for d in shown] == [["AB′", "AB"], ["ABAB"]]
+    assert all(close(d.contract(), SHARED.contract()) for d in shown)
+
+
+@pytest.mark.parametrize("name", "X⁻¹,V†,A′,W₁,σ²,in,lambda,torch,1/σ,½,a b,µ,*,éA".split(","))
+@pytest.mark.parametrize("kind", ["einsum", "einops", "torch"])
+def test_code_with_odd_names_runs(name, kind):
+    C = numbers(4, 5)
+    d = Diagram([Node(name, ("in", "x₁"), A), Node("Ap", ("x₁", "x1"), B), Node("μ", ("x1", "def"), C)], ["in", "def"])
+    d = d.group("in def", "g")  # by a joint, which has no name
+    names = _identifiers(node.name for node in d.operands()[0]).values()
+    space = {"torch": torch, "einops": einops, **dict(zip(names, (A, B, C), strict=False))}
+    lines = code(d, kind).splitlines()
+    exec("\n".join(lines[:-1]), space)
+    assert close(eval(lines[-1].rpartition(" = ")[2], space), (A @ B @ C).flatten())
+
+
 def test_a_diagram_is_told_in_words():
+    assert describe(PRODUCT.group("i k", "ik")) == PRODUCT.group("i k", "ik").describe() == (
+        "Tensors: A, B. A and B share j (3); i and k are grouped into ik. Free legs: ik (8).")
+    assert WIRED.describe() == "Tensors: A, B. j and j′ are joined. Free legs: i (2), k (4)."
     assert PRODUCT.describe() == "Tensors: A, B. A and B share j (3). Free legs: i (2), k (4)."
     assert diagram("i i ->", numbers(3, 3)).describe().endswith("No free leg: a number.")
     assert "A1, an isometry" in train(numbers(2, 2), "i j").describe()
@@ -238,7 +301,35 @@ def test_a_diagram_is_told_in_words():
     (lambda: PRODUCT.decompose("A", "i", "lu"), "not 'lu'"),
     (lambda: PRODUCT.bond("A", "A"), "share 2 legs"),
     (lambda: train(numbers(2, 2, 2), "a b c").join(diagram("a c", numbers(2, 2), names="Z")).canonical("A1"),
-     "only a tree has a canonical form")])  # fmt: skip
+     "only a tree has a canonical form"),
+    (lambda: diagram("i, j -> i j", V, V).canonical("A"), "of a connected network, and B is not joined to A"),
+    (lambda: diagram("i j, j k -> k", A, B).canonical("B"), "each leg joins two tensors or is free, and 'i' does not"),
+    (lambda: diagram("b i, b j -> b i j", A, A).canonical("B"), "each leg joins two .* 'b' does not"),
+    (lambda: diagram("i i j, j k -> k", numbers(2, 2, 3), B).canonical("A"), "each leg joins two .* 'i' does not"),
+    (lambda: PRODUCT.merge("A", "A"), "each once; not A A"), (lambda: PRODUCT.merge(), "each once; not none"),
+    (lambda: PRODUCT.path(["A A"]), "a step takes each tensor once; not A A"),
+    (lambda: PRODUCT.trace("i", "k"), "a wire joins legs of one size"),
+    (lambda: PRODUCT.gauge("j", torch.ones(3, 3)), "X has dependent rows"),
+    (lambda: PRODUCT.gauge("j", torch.eye(3).int()), "a gauge is of float32, .* and X is torch.int32"),
+    (lambda: PRODUCT.group("i k", "j"), "'j' is a leg already"),
+    (lambda: PRODUCT.group("i i", "g"), "some of i j k, each once; not 'i i'"),
+    (lambda: BUBBLE.join(diagram("i k", W=numbers(4, 2))).hole("W"), "linear, and W is in the bubble tanh; freeze it"),
+    (lambda: BUBBLE.split("i", a=2, b=2), "the legs of a bubble are those that leave what it holds"),
+    *[(move, "the legs are i, j, k; there is no 'z'") for move in (
+        lambda: PRODUCT.rename(z="q"), lambda: PRODUCT.split("z", a=1), lambda: PRODUCT.insert("z"),
+        lambda: PRODUCT.insert("z", ("M", A)), lambda: PRODUCT.gauge("z", numbers(3, 3)))],
+    (lambda: PRODUCT.look(Z="matrix"), "the tensors are A, B; there is no 'Z'"),
+    (lambda: PRODUCT.look(A="hexagon"), "the kinds are tensor, matrix; there is no 'hexagon'"),
+    (lambda: PRODUCT.pin("i", 0.5), "not 'i' and 0.5"), (lambda: PRODUCT.pin("i", True), "not 'i' and True"),
+    (lambda: diagram("ij,jk", A, B, names="A B C"), "a name for each tensor; 'A B C' has 3, not 2"),
+    (lambda: diagram("ij,jk", A, B, names="A"), "a name for each tensor; 'A' has 1, not 2"),
+    (lambda: PRODUCT.decompose("A", "i", rank=1.5), "a rank is 1 or more, a whole number.*not 1.5"),
+    (lambda: PRODUCT.decompose("A", "i", names="U V"), "one for each tensor that svd gives; not 'U V'"),
+    (lambda: PRODUCT.fill(A=A.int()).decompose("A", "i"), "of float32, .* and A is torch.int32; A.double"),
+    (lambda: train(A.half(), "i j"), "of float32, float64 or complex numbers, and A1 is torch.float16"),
+    (lambda: draw(), "a figure is of diagrams.*not of nothing"), (lambda: draw(PRODUCT, 3), "not of 3"),
+    (lambda: draw([PRODUCT]), "not of \\[Diagram"), (lambda: draw((PRODUCT, "a", "b")), "not of \\(Diagram"),
+    (lambda: draw(PRODUCT, colours={"A": "red"}), "a place in plotting.PALETTE, such as 2; not 'red'")])  # fmt: skip
 def test_refusals_state_rule_and_offender(refused, message):
     with pytest.raises((ValueError, KeyError), match=message):
         refused()

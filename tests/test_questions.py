@@ -187,6 +187,21 @@ def test_a_hole_is_the_derivative():
         assert torch.allclose(torch.einsum(asked.answer, *rest), want)
 
 
+BAD = [True, False, float("nan"), float("inf"), 1 + 0j, object(), torch.tensor([1.0, 2.0]), [1, 2], [None], [["A", 1]],
+       "", "abc", "ab,bc->ac->", {}, {"A": 3}, {"A": ["j", 2]}, {"A": True}, {1: "j"}, [[1, 2], [3]],
+       [[1 + 1j, 0], [0, 1]]]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_answered_is_judged(kind):
+    for level in (1, 2, 3):
+        asked = question(kind, "x", level)
+        for answer in BAD:
+            assert len(refused(asked, answer)) > 15, (kind, level, answer)
+    one = next(asked for _, asked in hundred("legs") if asked.answer == 1)
+    assert one.check(1) is None and "a whole number, such as 3; not True" in refused(one, True)
+
+
 # ------------------------------------------------------------------------------------------------- sheets
 
 
