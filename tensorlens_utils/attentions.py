@@ -157,7 +157,7 @@ def run(model: nn.Module, inputs, target: Tensor | None = None, position: int | 
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(leave).remove)
             for module in block.modules():
-                if "norm" in type(module).__name__.lower():
+                if "norm" in type(module).__name__.lower() and not any(module.children()):  # no block named for it
                     stack.callback(module.register_forward_hook(norm).remove)
         stack.enter_context(untouched(model))
         stack.enter_context(torch.enable_grad())
