@@ -31,10 +31,11 @@ def interval(values, of=None, *, n=4000, seed=1):
         raise ValueError("an interval takes finite values, and here some are not; leave out what was not measured")
     draws = np.random.default_rng(seed).integers(values.shape[-1], size=(n, values.shape[-1]))
     times = np.stack([np.bincount(draw, minlength=values.shape[-1]) for draw in draws], -1)  # that each value is drawn
-    if min(of.mean(), (of @ times).min()) <= 0:
-        raise ValueError("a ratio of means is of a whole above 0, and here the mean of `of` is not, at least in some "
-                         "draws; take values of one sign")  # fmt: skip
-    means = values @ times / (of @ times)
+    whole = of @ times
+    if whole.min() <= 0 <= whole.max():
+        raise ValueError("a ratio of means is of a whole that is not zero, and here the mean of `of` changes its sign "
+                         "from draw to draw; take values of one sign")  # fmt: skip
+    means = values @ times / whole
     return np.stack([values.mean(-1) / of.mean(), *np.quantile(means, [0.025, 0.975], axis=-1)])
 
 
