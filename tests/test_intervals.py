@@ -37,7 +37,7 @@ def test_too_few_values_are_refused(values, of):
 
 @pytest.mark.parametrize("values, of, message", [
     ([1.0, float("nan")], None, "finite values"), ([1.0, 2.0], [1.0, float("inf")], "finite values"),
-    ([1.0, 2.0], [0.0, 0.0], "a whole that is not zero"), ([1.0, 2.0, 3.0], [-1.0, 1.0, -0.5], "a whole that is not zero"),
+    ([1.0, 2.0], [0.0, 0.0], "that is not zero"), ([1.0, 2.0, 3.0], [-1.0, 1.0, -0.5], "that is not zero"),
     ([1.0, 2.0, 3.0], [-1.0, 1.0, 0.5], "from draw to draw")])  # fmt: skip
 def test_what_has_no_interval_is_refused(values, of, message):
     with pytest.raises(ValueError, match=message):
