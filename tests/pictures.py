@@ -1,9 +1,11 @@
 """Diagrams to draw: one for each shape that the series shows, and as many random ones as one asks for."""
 import random
+from itertools import combinations
 
 import torch
 
 from tensorlens_utils.decompositions import train
+from tensorlens_utils.geometry import overlap
 from tensorlens_utils.notation import Diagram, Node, bubble, diagram
 
 
@@ -81,3 +83,12 @@ def showcase():
         "long_chain": sketch("a b, b c, c d, d e, e f, f g, g h, h i, i j, j k, k l, l m, m n, n o -> a o",
                              "A B C D E F G H I J K L M N"),
     }  # fmt: skip
+
+
+def clashes(found):
+    """Boxes that overlap, and must not: a bubble holds what is within it, and its own name."""
+    shapes = [(a.name, b.name) for a, b in combinations(found.shapes, 2)
+              if a.name not in b.within and b.name not in a.within and overlap(a.box, b.box)]
+    texts = [(a.text, b.text) for a, b in combinations(found.labels, 2) if overlap(a.box, b.box)]
+    return shapes + texts + [(t.text, s.name) for t in found.labels for s in found.shapes
+                             if s.kind != "bubble" and overlap(t.box, s.box)]  # fmt: skip

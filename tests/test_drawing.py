@@ -1,6 +1,5 @@
 """The drawing of diagrams: what is asked of a picture is asked of its layout, which is data."""
 import io
-from itertools import combinations
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -8,10 +7,10 @@ import networkx as nx
 import numpy as np
 import pytest
 from nbclient import NotebookClient
-from pictures import graph, numbers, scribble, showcase, sketch
+from pictures import clashes, graph, numbers, scribble, showcase, sketch
 
 from tensorlens_utils.drawing import describe, draw, page, stages, strip
-from tensorlens_utils.geometry import crossings, dense, inside, overlap, tangles
+from tensorlens_utils.geometry import crossings, dense, inside, tangles
 from tensorlens_utils.layouts import layout
 from tensorlens_utils.notation import bubble, diagram
 from tensorlens_utils.plotting import PAGE_WIDTH, save_figure
@@ -34,15 +33,6 @@ def closed():
 
 def centres(found):
     return {s.name: np.array([(s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2]) for s in found.shapes}
-
-
-def clashes(found):
-    """Boxes that overlap, and must not: a bubble holds what is within it, and its own name."""
-    shapes = [(a.name, b.name) for a, b in combinations(found.shapes, 2)
-              if a.name not in b.within and b.name not in a.within and overlap(a.box, b.box)]
-    texts = [(a.text, b.text) for a, b in combinations(found.labels, 2) if overlap(a.box, b.box)]
-    return shapes + texts + [(t.text, s.name) for t in found.labels for s in found.shapes
-                             if s.kind != "bubble" and overlap(t.box, s.box)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHOWCASE)

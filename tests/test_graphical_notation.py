@@ -1,4 +1,5 @@
-"""Notebook 01: its appendix leads to each of the paper's 47 points, and any of its cells can be run again."""
+"""Notebook 01: its appendix leads to each of the paper's 47 points, no picture of it has overlapping texts or tensors,
+and any of its cells can be run again."""
 
 import re
 import subprocess
@@ -11,7 +12,8 @@ NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "01_graphical_ten
 
 # A reader changes a cell of Part I after all parts have run, and runs it again: it must not trip over a name that a
 # later part has used for something else. So every code cell is run twice: in order, and then once more, each on a copy
-# of the names that the whole notebook leaves behind. (nbval runs each cell once, in order, and cannot see this.)
+# of the names that the whole notebook leaves behind. (nbval runs each cell once, in order, and cannot see this.) On the
+# way the boxes of every drawing are compared.
 RUN_AGAIN = """
 import sys
 
@@ -21,6 +23,20 @@ import nbformat
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+sys.path.insert(0, sys.argv[2])
+from pictures import clashes
+
+from tensorlens_utils import drawing
+
+page, drawn = drawing.page, []
+
+
+def seen(*parts, **how):
+    found = page(*parts, **how)
+    drawn.append(clashes(found))
+    return found
+
+drawing.page = seen
 plt.Figure.savefig = lambda *args, **how: None          # pictures are made, and not written
 cells = [cell for cell in nbformat.read(sys.argv[1], as_version=4).cells if cell.cell_type == "code"]
 names, failed = {"__name__": "__main__"}, []
@@ -33,6 +49,7 @@ for again in (False, True):
                 raise
             failed.append(f"{cell.id}: {type(error).__name__}: {error}")
         plt.close("all")
+    assert len(drawn) > 60 and not any(drawn), [found for found in drawn if found]
 sys.exit("\\n".join(failed) or 0)
 """
 
@@ -61,7 +78,7 @@ def test_the_appendix_leads_to_each_of_the_47_points():
     assert all(section in anchors[point] for point, section in named.items())
 
 
-def test_each_cell_can_be_run_again_after_all_have_run(tmp_path):
-    done = subprocess.run([sys.executable, "-c", RUN_AGAIN, str(NOTEBOOK)], capture_output=True, text=True,
-                          cwd=tmp_path)
+def test_no_picture_overlaps_and_each_cell_can_be_run_again(tmp_path):
+    command = [sys.executable, "-c", RUN_AGAIN, str(NOTEBOOK), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

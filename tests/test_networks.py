@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, UNSUPPORTED, tolerance
-from test_drawing import clashes
+from pictures import clashes
 
 from tensorlens_utils import linearize, linearize_function, load_model, reading
 from tensorlens_utils.data import RUNNING_SENTENCE

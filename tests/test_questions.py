@@ -4,7 +4,7 @@ from itertools import combinations
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from test_drawing import clashes
+from pictures import clashes
 
 from tensorlens_utils.drawing import page
 from tensorlens_utils.geometry import tangles
