@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .linearize import linearize
 from .models import n_blocks
-from .tensor import AttentionTensor
+from .tensor import AttentionTensor, hutchinson
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,8 @@ class Split:
 def norm_map(T: AttentionTensor, position: int | Tensor | None = -1, probes: int | None = None, seed: int = 0):
     """‖T[i, :, j, :]‖_F, (N, L), or (N, M, L) where ``position`` is None: exact, streaming over D' cotangents.
 
-    With ``probes`` the *square* is estimated (Hutchinson): returns (estimate, its standard error), deterministic given
-    ``seed``. With A = T[i, :, j, :], G = A·Aᵀ and signs u,
-
-        E‖uᵀA‖² = tr G = ‖A‖²_F        Var‖uᵀA‖² = 2(‖G‖²_F − Σ_c G_cc²) ≤ 2‖G‖²_F        E⟨uᵀA, vᵀA⟩² = ‖G‖²_F
-
-    The error is √(2‖G‖²_F/K), ‖G‖²_F from all pairs u ≠ v of the K probes: a little too large, but no z-score runs away
-    with it, as with the probes' own spread, which is small whenever the estimate is too low.
+    With ``probes`` the *square* is estimated, by ``tensor.hutchinson`` with A = T[i, :, j, :]: returns (estimate, its
+    standard error), deterministic given ``seed``.
     """
     if position is None:
         rows = [norm_map(T, i, probes, seed) for i in range(T.output.shape[1])]
@@ -79,11 +74,7 @@ def norm_map(T: AttentionTensor, position: int | Tensor | None = -1, probes: int
     if probes < 2:
         raise ValueError(f"a standard error needs at least 2 probes, not {probes}; probes=None is exact")
     signs = 2.0 * torch.randint(0, 2, (probes, N, C), generator=torch.Generator().manual_seed(seed)) - 1
-    R = torch.cat([pulled(u) for u in signs.split(T.chunk)]).movedim(0, -2)
-    products = R @ R.mT  # ⟨uᵀA, vᵀA⟩, (N, L, K, K)
-    squares = products.diagonal(dim1=-2, dim2=-1)
-    G = (products.square().sum((-2, -1)) - squares.square().sum(-1)) / (probes * (probes - 1))
-    return squares.mean(-1), (2 * G / probes).sqrt()
+    return hutchinson(torch.cat([pulled(u) for u in signs.split(T.chunk)]).movedim(0, -2))
 
 
 def in_map(T: AttentionTensor, position: int | Tensor | None = -1) -> Tensor:

@@ -391,7 +391,7 @@ def larger(rec, call: Call):
 @rule("dropout alpha_dropout feature_dropout batch_norm")
 def inactive(rec, call: Call):
     """dropout and batch norm: affine in eval mode; random, or of the whole batch, in training."""
-    a = call.bind(input=None, p=0.5, train=None)
+    a = call.bind(input=None, p=0.5, train=call.func is F.dropout)  # whose default is training
     if a.get("training", a["train"]) if "dropout" in call.name else call.args[5]:
         rec.refuse(f"{title(call.func)} in training mode is no function of X alone; call it with training=False")
     return a["input"] if "dropout" in call.name else linear(rec, call)

@@ -68,6 +68,24 @@ class Certificate:
         return self
 
 
+# ---------------------------------------------------------------------------------------------------- random probes
+
+
+def hutchinson(R: Tensor) -> tuple[Tensor, Tensor]:
+    """‖A‖²_F from K random probes: R (..., K, n) holds uᵀA for K sign vectors u; (estimate, its standard error), (...).
+
+        E‖uᵀA‖² = tr G = ‖A‖²_F        Var‖uᵀA‖² = 2(‖G‖²_F − Σ_c G_cc²) ≤ 2‖G‖²_F        E⟨uᵀA, vᵀA⟩² = ‖G‖²_F
+
+    with G = A·Aᵀ. The error is √(2‖G‖²_F/K), ‖G‖²_F from all pairs u ≠ v: a little too large. The probes' own spread
+    would be too small whenever the estimate is too low, and its z-scores run away.
+    """
+    K = R.shape[-2]
+    products = R @ R.mT
+    squares = products.diagonal(dim1=-2, dim2=-1)
+    G = (products.square().sum((-2, -1)) - squares.square().sum(-1)) / (K * (K - 1))
+    return squares.mean(-1), (2 * G / K).sqrt()
+
+
 # ---------------------------------------------------------------------------------------------------- the operator
 
 
@@ -207,24 +225,20 @@ class AttentionTensor:
     def norm(self, probes: int | None = None, seed: int = 0):
         """‖T‖_F per input, (N,): exact, streaming over the cotangents; or, with ``probes``, Hutchinson's estimate.
 
-        With ``probes`` the *square* is estimated: returns (estimate of ‖T‖²_F, its standard error), each (N,), from
-        E‖Uᵀ·T‖² = ‖T‖²_F over signs U; deterministic given ``seed``.
+        With ``probes`` the *square* is estimated: (estimate of ‖T‖²_F, its standard error) of ``hutchinson``, each
+        (N,), deterministic given ``seed``.
         """
         N = len(self._Y)
         if probes is None:
             total, y = 0, self._Y.flatten(1)
             for _, U in self._units(y.shape[1]):
-                total += self._squares(self._pull(y, U[:, None].expand(-1, N, -1), batched=True)).sum(0)
+                rows = self._pull(y, U[:, None].expand(-1, N, -1), batched=True)
+                total += rows.double().flatten(2).square().sum((0, 2))
             return total.sqrt()
         if probes < 2:
             raise ValueError(f"a standard error needs at least 2 probes, not {probes}; probes=None is exact")
         signs = torch.randint(0, 2, (probes, *self._Y.shape), generator=torch.Generator().manual_seed(seed))
-        squares = self._squares(self.rmatvec((2.0 * signs - 1).to(self._Y)))
-        return squares.mean(0), squares.std(0) / probes**0.5
-
-    @staticmethod
-    def _squares(R: Tensor) -> Tensor:
-        return R.double().flatten(2).square().sum(-1)
+        return hutchinson(self.rmatvec((2.0 * signs - 1).to(self._Y)).double().flatten(2).transpose(0, 1))
 
     def to_scipy(self, n: int = 0) -> LinearOperator:
         """The unfolding of input ``n``'s T, (M·D') × (L·D), as scipy's LinearOperator (float64 outside)."""

@@ -165,6 +165,7 @@ SUSPICIOUS = {
     "checkpoint": lambda x: torch.utils.checkpoint.checkpoint(lambda y: torch.relu(y @ W), x, use_reentrant=False),
     "vmap": lambda x: x + torch.vmap(lambda row: row @ W)(x),
     "dropout in training": lambda x: F.dropout(x, 0.5, training=True),
+    "dropout in training, by default": lambda x: F.dropout(x, 0.5),
     "complex rotation": lambda x: torch.view_as_real(
         torch.view_as_complex(x.view(1, L, 2, 2)) * torch.exp(1j * C1[..., :2])).flatten(2),
     "an elementwise autograd.Function": lambda x: Sine.apply(x @ W) @ W2,
