@@ -1,4 +1,5 @@
 """What all tests share: the quiet, offline environment of `make`, the real data beside the project, the machine."""
+import json
 import os
 from pathlib import Path
 
@@ -37,3 +38,23 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
     machine_info.update(cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config, output_json):
+    """`make bench ARGS='-k relations'` renews what it measures; other rows from the same kind of machine stay.
+
+    Each row has its own hour, so that it shows which were measured together.
+    """
+    for row in output_json["benchmarks"]:
+        row["datetime"] = output_json["datetime"]
+    path = config.option.benchmark_json
+    if not (config.option.keyword and path and path.exists()):
+        return
+    before = json.loads(path.read_text())
+    machine = [{key: run["machine_info"].get(key) for key in ("cores", "threads", "torch", "gpu")} | {
+        "cpu": run["machine_info"]["cpu"].get("brand_raw")} for run in (before, output_json)]
+    if machine[0] == machine[1]:
+        new = {row["fullname"] for row in output_json["benchmarks"]}
+        kept = [{"datetime": before["datetime"], **row} for row in before["benchmarks"] if row["fullname"] not in new]
+        output_json["benchmarks"][:0] = kept
