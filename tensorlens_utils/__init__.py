@@ -12,6 +12,7 @@ _HOMES = {
     "linearize": ("linearize", "linearize_function"),
     "tensor": ("AttentionTensor",),
     "explaining": ("explain",),
+    "exploring": ("explore",),
     "networks": ("diagram_of",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}

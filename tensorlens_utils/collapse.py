@@ -158,20 +158,39 @@ def _class(model: nn.Module, inputs, target, position=-1) -> Tensor:
     return _unpadded(_rows(T, directions(T, target, position), position, lambda G: (G * T.input).sum(-1)), inputs)
 
 
-def _hidden(collapse: Callable, model: nn.Module, inputs, target, position=-1) -> Tensor:
-    """One of the other four, of the last hidden state at the position that the logits are read from.
+def collapsed(name: str, model: nn.Module, inputs, target=None, position=-1, at="tokens") -> Split | Tensor:
+    """One of ``METHODS``, from the boundary ``at`` on (as in ``linearize``), as it comes: a ``Split`` where it is one.
 
-    That is the paper's operator, of tokens and hidden states; the head enters the class map alone. Where a classifier
-    reads more than one position (a mean over them), no row is its own, and F is its class vector instead.
+    Its tokens (N, L) are those of X there: behind the embeddings a vision model's class token stands before its
+    patches. ``target`` and ``position`` are those of ``METHODS``.
+
+    All but the class map are of the last hidden state at the position that the logits are read from. That is the
+    paper's operator, of tokens and hidden states; the head enters the class map alone. Where a classifier reads more
+    than one position (a mean over them), no row is its own, and F is its class vector instead.
+
+    >>> from tensorlens_utils import load_data, load_model
+    >>> model, processor = load_model("tiny-vit")
+    >>> inputs = processor(load_data("digits")[:2]["image"], return_tensors="pt")
+    >>> collapsed("in_out", model, inputs, at=2).scores.shape  # 16 patches, and the class token
+    torch.Size([2, 17])
     """
+    if name == "class":
+        return class_map(linearize(model, inputs, at=at), target, position)
+    if name not in COLLAPSES:
+        raise ValueError(f"a collapse is one of {', '.join(map(repr, METHODS))}, not {name!r}")
     head = linearize(model, inputs, at=n_blocks(model))  # from the last block's output to the logits
     if head.output.shape[1] > 1:
-        T, at = linearize(model, inputs, to="last_hidden_state"), head.positions(position)
+        T, row = linearize(model, inputs, at=at, to="last_hidden_state"), head.positions(position)
     else:
         read = head.rmatvec(torch.ones_like(head.output)).abs().sum(-1) > 0
         one = bool((read.sum(1) == 1).all())
-        T, at = linearize(model, inputs, to="last_hidden_state" if one else None), read.int().argmax(1) if one else 0
-    scores = collapse(T, at)
+        T = linearize(model, inputs, at=at, to="last_hidden_state" if one else None)
+        row = read.int().argmax(1) if one else 0
+    return COLLAPSES[name](T, row)
+
+
+def _hidden(name: str, model: nn.Module, inputs, target, position=-1) -> Tensor:
+    scores = collapsed(name, model, inputs, target, position)
     return _unpadded(scores.scores if isinstance(scores, Split) else scores, inputs)
 
 
@@ -180,13 +199,8 @@ def _unpadded(scores: Tensor, inputs) -> Tensor:
     return scores if mask is None or mask.shape != scores.shape else scores * mask
 
 
-METHODS: dict[str, Callable] = {
-    "class": _class,
-    "in_out": partial(_hidden, in_out_map),
-    "in": partial(_hidden, in_map),
-    "out": partial(_hidden, out_map),
-    "norm": partial(_hidden, norm_map),
-}
+COLLAPSES: dict[str, Callable] = {"in_out": in_out_map, "in": in_map, "out": out_map, "norm": norm_map}
+METHODS: dict[str, Callable] = {"class": _class} | {name: partial(_hidden, name) for name in COLLAPSES}
 """name: method(model, inputs, target, position=-1) -> relevance (N, L) of each token, 0 for padding. ``inputs`` is the
 processor's output; ``target`` (N,) the output entries, which the class map alone heeds; ``position`` an int (-1: the
 last unmasked) or (N,), for models that answer at every token."""

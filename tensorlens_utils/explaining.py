@@ -8,6 +8,7 @@ against it, and the sum that they make with the bias.
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -49,33 +50,36 @@ class Explanation:
                 f"{self.bias:+.2f} of the bias")  # fmt: skip
 
     def _repr_html_(self):
-        body = self._text() if self.grid is None else self._image()
         words = (f"{self.total:+.2f} = {float(self.scores.sum()):+.2f} of the tokens {self.bias:+.2f} of the bias, "
                  f"{self.bias_share:.0%} of what was added up")  # fmt: skip
+        body = coloured(self.scores, self.tokens, self.grid, self.pixels)
         return (f'<div style="background:white;color:black;padding:4px;line-height:1.9"><div>{body}</div>'
                 f"<div><b>{escape(self.target)}</b> {words.replace('-', chr(0x2212))}</div></div>")  # fmt: skip
 
-    def _colour(self, score: float) -> str:
-        top = max(float(self.scores.abs().max()), 1e-300)
-        return f"rgba({RED if score > 0 else BLUE},{0.75 * min(abs(score) / top, 1):.3f})"
 
-    def _text(self) -> str:
+def coloured(scores: Tensor, tokens: list[str], grid: tuple[int, int] | None = None, pixels: Tensor | None = None
+             ) -> str:  # fmt: skip
+    """HTML of a text's tokens, or of an image's patches (see ``Explanation``), coloured by scores (L,): red is for the
+    answer, blue against it, the largest in size has the full colour. The numbers stand in the tooltips."""
+    top = max(float(scores.abs().max()), 1e-300)
+    colours = [f"rgba({RED if s > 0 else BLUE},{0.75 * abs(s) / top:.3f})" for s in scores.tolist()]
+    if grid is None:
         style = "padding:1px 2px;background:"
-        return " ".join(f'<span style="{style}{self._colour(s)}" title="{s:+.3f}">{escape(token)}</span>'
-                        for token, s in zip(self.tokens, self.scores.tolist(), strict=True))  # fmt: skip
+        return " ".join(f'<span style="{style}{colour}" title="{s:+.3f}">{escape(token)}</span>'
+                        for token, s, colour in zip(tokens, scores.tolist(), colours, strict=True))  # fmt: skip
+    from PIL import Image
 
-    def _image(self) -> str:
-        from PIL import Image
-
-        file, (rows, columns) = io.BytesIO(), self.grid
-        Image.fromarray(self.pixels.squeeze(-1).numpy()).save(file, "PNG")
-        picture = base64.b64encode(file.getvalue()).decode()
-        cells = "".join(f'<rect x="{j % columns}" y="{j // columns}" width="1" height="1" fill="{self._colour(s)}">'
-                        f"<title>{s:+.3f}</title></rect>" for j, s in enumerate(self.scores.tolist()))  # fmt: skip
-        frame = f'<svg width="{WIDTH}" viewBox="0 0 {columns} {rows}" role="img" aria-label='
-        image = (f'<image href="data:image/png;base64,{picture}" width="{columns}" height="{rows}" '
-                 'preserveAspectRatio="none" style="image-rendering:pixelated"/>')  # fmt: skip
-        return f'{frame}"what the model sees">{image}</svg> {frame}"shares of its patches">{image}{cells}</svg>'
+    file, (rows, columns) = io.BytesIO(), grid
+    Image.fromarray(pixels.squeeze(-1).numpy()).save(file, "PNG")
+    picture = base64.b64encode(file.getvalue()).decode()
+    cells = "".join(f'<rect x="{j % columns}" y="{j // columns}" width="1" height="1" fill="{colour}">'
+                    f"<title>{s:+.3f}</title></rect>" for j, (s, colour) in
+                    enumerate(zip(scores.tolist(), colours, strict=True)))  # fmt: skip
+    frame = f'<svg width="{WIDTH}" viewBox="0 0 {columns} {rows}" role="img" aria-label='
+    image = (f'<image href="data:image/png;base64,{picture}" width="{columns}" height="{rows}" '
+             'preserveAspectRatio="none" style="image-rendering:pixelated"')  # fmt: skip
+    faded = f'{image} opacity="0.15"/>'  # colours are lost on a dark picture
+    return f'{frame}"what the model sees">{image}/></svg> {frame}"shares of its patches">{faded}{cells}</svg>'
 
 
 def explain(model: nn.Module | str | Path, text_or_image, processor=None, target=None) -> Explanation:
@@ -100,9 +104,24 @@ def explain(model: nn.Module | str | Path, text_or_image, processor=None, target
     inputs = processor(text_or_image, return_tensors="pt").to(model.device)
     inputs = inputs.to(model.dtype) if is_image else inputs
     T = linearize(model, inputs)
-    classes, labels = T.output.shape[1] == 1, getattr(model.config, "label2id", None) or {}
+    classes = T.output.shape[1] == 1
     if len(T.output) > 1:
         raise ValueError(f"explain takes one text or image, not {len(T.output)}; of a batch, take class_map")
+    if target is None:
+        target = int(T.output[0, T.positions(-1)[0]].argmax())
+    chosen = entries(model, processor, target, classes)
+    w = torch.zeros(1, T.output.shape[-1])
+    for sign, entry in zip((1, -1), chosen, strict=False):
+        w[0, entry] += sign
+    split = class_map(T, w)
+    return Explanation(scores=split.scores[0].cpu(), bias=float(split.bias), total=float(split.total),
+                       target=named(model, processor, chosen, classes),
+                       **shown(model, processor, inputs, T.input.shape[1]))  # fmt: skip
+
+
+def entries(model: nn.Module, processor, target, classes: bool) -> list[int]:
+    """The one or two output entries that a target stands for, as ``explain`` takes it; of ``classes``, or tokens."""
+    labels = getattr(model.config, "label2id", None) or {}
 
     def number(entry) -> int:
         if not isinstance(entry, str):
@@ -115,23 +134,26 @@ def explain(model: nn.Module | str | Path, text_or_image, processor=None, target
             raise ValueError(f"target must be {rule}; not {entry!r}. Or give its number")
         return ids[0]
 
-    def name(entry: int) -> str:
-        return str(model.config.id2label.get(entry, entry)) if classes else processor.decode([entry]).strip()
-
-    if target is None:
-        target = int(T.output[0, T.positions(-1)[0]].argmax())
-    entries = [number(entry) for entry in (target if isinstance(target, tuple | list) else [target])]
-    if len(entries) > 2:
+    found = [number(entry) for entry in (target if isinstance(target, tuple | list) else [target])]
+    if len(found) > 2:
         raise ValueError(f"target must be an entry or a pair of them, for their contrast, not {target!r}")
-    w = torch.zeros(1, T.output.shape[-1])
-    for sign, entry in zip((1, -1), entries, strict=False):
-        w[0, entry] += sign
-    split = class_map(T, w)
-    shown = _patches(model, inputs["pixel_values"][0], T.input.shape[1]) if is_image else {
-        "tokens": [processor.decode([i]).strip() or str(t) for i, t in zip(
-            inputs["input_ids"][0].tolist(), processor.convert_ids_to_tokens(inputs["input_ids"][0]), strict=True)]}
-    return Explanation(scores=split.scores[0].cpu(), bias=float(split.bias), total=float(split.total),
-                       target=" less ".join(map(name, entries)), **shown)  # fmt: skip
+    return found
+
+
+def named(model: nn.Module, processor, entries: Sequence[int], classes: bool) -> str:
+    """A target in words: a class, a token, or "the first less the second"."""
+    return " less ".join(str(model.config.id2label.get(entry, entry)) if classes else processor.decode([entry]).strip()
+                         for entry in entries)  # fmt: skip
+
+
+def shown(model: nn.Module, processor, inputs, L: int) -> dict:
+    """What a picture of one input shows, as ``Explanation`` has it: the names of its L tokens; of an image also its
+    patches' grid, and its pixels."""
+    if model.main_input_name == "pixel_values":
+        return _patches(model, inputs["pixel_values"][0], L)
+    ids = inputs["input_ids"][0].tolist()
+    return {"tokens": [processor.decode([i]).strip() or str(t)
+                       for i, t in zip(ids, processor.convert_ids_to_tokens(ids), strict=True)]}  # fmt: skip
 
 
 def _patches(model: nn.Module, pixels: Tensor, L: int) -> dict:

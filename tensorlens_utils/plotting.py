@@ -57,7 +57,7 @@ def signed(value, digits=1):
     return text[1:] if float(f"{value:.{digits}f}") == 0 else text
 
 
-def cells(ax, values, columns, rows=(), texts=None, *, top=None, grey=(), fontsize=8):
+def cells(ax, values, columns, rows=(), texts=None, *, top=None, grey=(), fontsize=8, both=None):
     """Draw a small table of numbers (R, C) as coloured cells with a text in each: a heat map, or coloured words.
 
     Signed values get white at zero, red above it and blue below; values of one sign get the sequential map.
@@ -70,12 +70,13 @@ def cells(ax, values, columns, rows=(), texts=None, *, top=None, grey=(), fontsi
         top: the value at the end of the colours; None: the largest of `values`.
         grey: (r, c) of cells on a grey ground, whatever their value: such as the bias beside the tokens.
         fontsize: of all texts.
+        both: whether values can be of either sign; None: whether they are.
 
     Returns:
         The AxesImage.
     """
     values = np.asarray(values, dtype=float)
-    both = np.nanmin(values) < 0
+    both = np.nanmin(values) < 0 if both is None else both
     top = top or float(np.nanmax(np.abs(values)))
     colours = {**diverging(values), "vmin": -top, "vmax": top} if both else {"cmap": SEQUENTIAL, "vmin": 0, "vmax": top}
     ground = values.copy()

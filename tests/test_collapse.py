@@ -9,7 +9,7 @@ import transformers as tf
 from families import FAMILIES, FLOAT32, TINY, _random
 
 from tensorlens_utils import linearize, linearize_function, load_data, load_model
-from tensorlens_utils.collapse import METHODS, Split, class_map, in_map, in_out_map, norm_map, out_map
+from tensorlens_utils.collapse import METHODS, Split, class_map, collapsed, in_map, in_out_map, norm_map, out_map
 from tensorlens_utils.tensor import AttentionTensor
 
 NAMES = ["gpt2", "llama", "bert", "vit", "mixtral"]
@@ -232,6 +232,21 @@ def test_methods_read_the_hidden_state_where_the_head_does():
     close(in_out(mean, inputs), in_out_map(linearize(mean, inputs)).scores)
 
 
+@pytest.mark.parametrize("at", ["tokens", 0, 1])
+def test_a_map_is_read_from_any_boundary_on(at):
+    """And is a split where it is one; a vision model's class token stands before its patches."""
+    model, inputs = FAMILIES["vit"]()
+    T = linearize(model, inputs, at=at, to="last_hidden_state")
+    maps = {"class": class_map(linearize(model, inputs, at=at)), "in_out": in_out_map(T, 0), "in": in_map(T, 0),
+            "out": out_map(T, 0), "norm": norm_map(T, 0)}  # fmt: skip
+    for name, expected in maps.items():
+        given = collapsed(name, model, inputs, at=at)
+        pairs = [(given.scores, expected.scores), (given.bias, expected.bias)] if name in ("class", "in_out") else []
+        for one, other in pairs or [(given, expected)]:
+            close(one, other)
+        assert pairs or given.shape == (2, 4 + (at != "tokens"))
+
+
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -245,6 +260,11 @@ def test_methods_read_the_hidden_state_where_the_head_does():
 def test_impossible_requests_are_refused(call, error):
     with pytest.raises(ValueError, match=error):
         call(operator("gpt2"))
+
+
+def test_an_unknown_map_is_refused():
+    with pytest.raises(ValueError, match="a collapse is one of 'class', 'in_out', 'in', 'out', 'norm', not 'rollout'"):
+        collapsed("rollout", *FAMILIES["vit"]())
 
 
 def test_pixels_are_no_tokens():
