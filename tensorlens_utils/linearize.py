@@ -154,7 +154,8 @@ def _forward(model: nn.Module, inputs: dict, at, to, rec: Recorder | None) -> Te
         if boundaries:
             _watch(model, stack, at, to, enter)
         if to == "last_hidden_state" and getattr(model, "base_model", model) is not model:
-            stack.callback(hook(model.base_model, stop))
+            for base in {model.base_model, getattr(model, "get_decoder", lambda: model.base_model)()}:
+                stack.callback(hook(base, stop))  # OPT's head calls the decoder, and never its base model
         if hasattr(getattr(model, "config", None), "use_cache") and "past_key_values" not in kwargs:
             kwargs.setdefault("use_cache", False)
         try:

@@ -78,6 +78,14 @@ def test_the_dense_tensor_gives_the_models_own_output(name):
     assert distance(T.matvec(V), apply(dense, V)) < tolerance(name)
 
 
+@every_family
+def test_the_last_hidden_state_is_that_of_the_model_without_its_head(name):
+    model, inputs = FAMILIES[name]()
+    with torch.no_grad():
+        expected = model.base_model(**inputs).last_hidden_state
+    assert distance(linearize(model, inputs, to="last_hidden_state").output, expected) <= tolerance(name)
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_all_tangent_is_the_jacobian_by_the_token_embeddings(name):
     model, inputs, _ = operator(name)
