@@ -232,22 +232,27 @@ def output_position(inputs: dict, position: int | Tensor) -> Tensor:
 
 
 def checked_target(inputs: dict, target) -> Tensor:
-    """The entries to explain (N,), on the inputs' device; whether the model has them, `explained` sees."""
+    """The entries to explain (N,), or pairs of them (N, 2), on the inputs' device; whether the model has them,
+    `explained` sees."""
     main = main_input(inputs)
-    target = torch.as_tensor(target, device=main.device)
-    if target.shape != main.shape[:1] or target.is_floating_point():
-        raise ValueError(f"target must be ({len(main)},) ints, one logit for each input, not {target.tolist()}")
+    target, N = torch.as_tensor(target, device=main.device), len(main)
+    if target.shape not in ((N,), (N, 2)) or target.is_floating_point():
+        raise ValueError(f"target must be ({N},) ints, one logit for each input, or pairs ({N}, 2), for their contrast,"
+                         f" not {target.tolist()}")  # fmt: skip
     return target
 
 
 def explained(logits: Tensor, target: Tensor | None, at: Tensor) -> Tensor:
-    """The entry of each input's logits that is explained, (N,)."""
+    """The entry of each input's logits that is explained, or of a pair the first less the second, (N,)."""
     logits = logits[torch.arange(len(logits), device=logits.device), at] if logits.dim() == 3 else logits
     if target is None:
         return logits.sum(-1)
     if target.min() < 0 or target.max() >= logits.shape[1]:
         raise ValueError(f"target must be (N,) ints in [0, {logits.shape[1]}), the logits, and they range from "
                          f"{int(target.min())} to {int(target.max())}")  # fmt: skip
+    if target.dim() == 2:
+        first, second = logits.gather(1, target).unbind(1)
+        return first - second
     return logits.gather(1, target[:, None])[:, 0]
 
 

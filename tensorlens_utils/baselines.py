@@ -5,7 +5,8 @@ token to one entry of the output; larger is more relevant.
 
 model     a transformers model with logits, unmodified; it is in eval mode meanwhile and left as it was
 inputs    what its tokenizer or image processor gave, on the model's device
-target    (N,) the class or the vocabulary entry; methods that have none take no notice of it
+target    (N,) the class or the vocabulary entry, or (N, 2) pairs, whose first less the second is the logit that is
+          explained; methods that have none take no notice of it
 position  where in the output: an int or (N,), masked positions counted; -1 is each text's last unmasked token. A
           classifier has one output, and no position
 

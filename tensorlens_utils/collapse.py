@@ -102,8 +102,9 @@ def class_map(T: AttentionTensor, target: Tensor | None = None, position: int | 
     """Σ_{c,d} w[c] T[i, c, j, d] X[j, d]: the scores (N, L) and ⟨w, B_i⟩ (N,), ⟨w, F(X)_i⟩ in total; or (N, M, L) and
     (N, M) where ``position`` is None.
 
-    ``target`` says what is split: output entries (N,), such as classes or tokens; w itself (N, D'), such as a contrast
-    of two entries; None: the largest entry at the position, the model's own prediction.
+    ``target`` says what is split: output entries (N,), such as classes or tokens; pairs of them (N, 2), for their
+    contrast, the first less the second (with ``position=None`` an (N, M) is an entry for each position); w itself, real
+    numbers (N, D'); None: the largest entry at the position, the model's own prediction.
     """
     return _split(T, directions(T, target, position), position)
 
@@ -115,11 +116,14 @@ def directions(T: AttentionTensor, target: Tensor | None, position: int | Tensor
         best = T.output.argmax(-1)
         target = best if position is None else _at(best, T.positions(position))
     w = torch.as_tensor(target, device=T.output.device)
-    if not w.is_floating_point() and w.shape in ((N,), (N, M)) and 0 <= w.min() and w.max() < C:
+    pairs = position is not None and w.shape == (N, 2)
+    if not w.is_floating_point() and (pairs or w.shape in ((N,), (N, M))) and 0 <= w.min() and w.max() < C:
         w = nn.functional.one_hot(w.long(), C)
+        w = w[:, 0] - w[:, 1] if pairs else w
     elif not w.is_floating_point() or w.shape != (N, C):
-        raise ValueError(f"target must be ({N},) output entries in [0, {C}), or output vectors ({N}, {C}), or None for "
-                         f"the model's prediction; not {w.dtype} of the shape {tuple(w.shape)}, such as {target}")
+        raise ValueError(f"target must be ({N},) output entries in [0, {C}), or pairs of them ({N}, 2), or output "
+                         f"vectors ({N}, {C}), or None for the model's prediction; not {w.dtype} of the shape "
+                         f"{tuple(w.shape)}, such as {target}")
     return (w if w.dim() == 3 else w[:, None].expand(N, M, C)).to(T.output)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,19 @@ def _digits() -> datasets.DatasetDict:
         for split, chosen in zip(("train", "test"), rows, strict=True)})
 
 
+class _Splits(dict):
+    """Splits by name, each of which is made when it is asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], datasets.Dataset]):
+        super().__init__(dict.fromkeys(names))
+        self.make = cache(make)
+
+    def __getitem__(self, split: str) -> datasets.Dataset:
+        return self.make(split)
+
+
 @cache
-def _reviews() -> datasets.DatasetDict:
+def _reviews() -> _Splits:
     """Generated film reviews that say which words decide: see `reviews.py`."""
     import datasets
 
@@ -60,8 +72,7 @@ def _reviews() -> datasets.DatasetDict:
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=[*LABELS]),
                                   "evidence": datasets.List(datasets.Value("int8")), "kind": datasets.Value("string")})
-    return datasets.DatasetDict({split: datasets.Dataset.from_list(reviews(n, split=split), features)
-                                 for split, n in REVIEWS.items()})
+    return _Splits(REVIEWS, lambda split: datasets.Dataset.from_list(reviews(REVIEWS[split], split=split), features))
 
 
 @cache
@@ -172,7 +183,7 @@ def _listing() -> str:
     return ", ".join(map(repr, data_sets()))
 
 
-def _split(found: datasets.Dataset | datasets.DatasetDict, split: str | None, name: str) -> datasets.Dataset:
+def _split(found: datasets.Dataset | datasets.DatasetDict | _Splits, split: str | None, name: str) -> datasets.Dataset:
     if not isinstance(found, dict):
         if split is not None:
             raise ValueError(f"{name!r} was saved without splits, so split must be None, not {split!r}.")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from .perturbation import Batches, Method, choose
+from .batches import Batches, Method, choose
 from .results import Job, Table, fill
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def average_precision(scores, evidence) -> float | None:
 
 
 def evaluate_evidence(model: nn.Module, processor: Any, dataset: datasets.Dataset, methods: Mapping[str, Method], *,
-                      evidence: str = "evidence", target: str = "prediction", column: str = "text",
+                      evidence: str = "evidence", target: str | tuple[str, str] = "prediction", column: str = "text",
                       path: str | Path | None = None, batch_size: int = 32, max_length: int | None = None,
                       seed: int = 0, progress: bool = True) -> Table:
     """How well each method's scores find the evidence of each text: rows of `example`, `method`, `target`, `label`,
@@ -61,7 +61,7 @@ def evaluate_evidence(model: nn.Module, processor: Any, dataset: datasets.Datase
     last character belongs. Needs a fast tokenizer. Other arguments and errors are those of `evaluate`; ValueError too
     where evidence and words differ in number.
     """
-    choose("column", [column, evidence, *([target] if target != "prediction" else [])], dataset.column_names)
+    choose("column", [evidence], dataset.column_names)
     batches = Batches(model, processor, dataset, column, target, batch_size, max_length)
 
     def run(start: int, name: str) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def evaluate_evidence(model: nn.Module, processor: Any, dataset: datasets.Datase
             words = _words(rows[column][i], rows[evidence][i], example)  # by character; -1 is a blank
             decides = np.array([words[end - 1] if end else -1 for end in ends[i].tolist()])
             use = batch.can[i].cpu().numpy() & (decides >= 0)
-            found.append({"example": example, "method": name, "target": int(batch.target[i]), "label": batch.label[i],
+            found.append({"example": example, "method": name, **batch.explained(i), "label": batch.label[i],
                           **({"kind": rows["kind"][i]} if "kind" in rows else {}),
                           "area": average_precision(scores[i].numpy()[use], decides[use])})
         return found

@@ -8,7 +8,6 @@ those of perturbation.py.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from html import escape
 from textwrap import shorten
@@ -23,11 +22,12 @@ from torch import Tensor, nn
 
 from . import baselines, collapse
 from .attentions import logits
+from .batches import Batch, answers
 from .explaining import coloured, entries, named, shown
 from .linearize import untouched
 from .menus import Explorer, svg
 from .models import n_blocks
-from .perturbation import FRACTIONS, Batch, _logits, _measure, area, removals
+from .perturbation import FRACTIONS, _measure, area, removals
 from .plotting import PAGE_WIDTH, PALETTE, cells, diverging, signed
 from .removers import REMOVERS, kind_of, removable
 
@@ -53,8 +53,7 @@ def explore(model: nn.Module, processor: Any, examples: Sequence | Mapping[str, 
             the tensor and their rivals. Maps of the tensor can be read at any boundary between blocks, where X is
             what the positions hold by then.
         targets: classes or tokens, by number or name, or pairs of these for their contrast, to be offered beside the
-            model's own first choices, which are `top` in number. Every method explains a contrast: while it runs, the
-            model has no other logit.
+            model's own first choices, which are `top` in number. Methods are given a contrast as (1, 2).
 
     Raises ValueError for no examples, no methods, or a target that is none of the model's outputs.
 
@@ -182,29 +181,17 @@ class _Maps:
 
     # -- the numbers
 
-    @contextmanager
-    def aimed(self, target: tuple):
-        """The entry that is explained, as a tensor (1,). For a contrast the model has one logit inside, the first less
-        the second, so that whatever explains a logit explains their difference."""
-        def contrast(module, args, out):
-            out.logits = out.logits[..., target[0], None] - out.logits[..., target[1], None]
-            return out
-
-        hook = self.model.register_forward_hook(contrast) if len(target) == 2 else None
-        device = self.model.device
-        try:
-            with untouched(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(0)
-                yield torch.tensor([0 if hook else target[0]], device=device)
-        finally:
-            if hook:
-                hook.remove()
+    def aim(self, target: tuple) -> Tensor:
+        """What is explained, as methods take it: an entry (1,), or a pair of them (1, 2)."""
+        return torch.tensor([target if len(target) == 2 else target[0]], device=self.model.device)
 
     def map(self, which: tuple, target: tuple, method: str, layer) -> _Map:
         found = self.found[which, method, layer]
         if target not in found:
             case, name = self.case(which), self.tensor_map(method)
-            with self.aimed(target) as aim:
+            aim, device = self.aim(target), self.model.device
+            with untouched(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
                 given = (self.methods[method](self.model, case.inputs, aim) if name is None else
                          collapse.collapsed(name, self.model, case.inputs, aim, at=layer))  # fmt: skip
             split, L = isinstance(given, collapse.Split), case.can.shape[1]
@@ -220,8 +207,8 @@ class _Maps:
         case = self.case(which)
         scores = self.map(which, target, method, layer).scores[None].to(case.can.device)
         removed = torch.cat([removals(scores, case.can, FRACTIONS, order) for order in ("morf", "lerf")], 1)
-        with self.aimed(target) as aim, torch.no_grad():
-            batch = Batch(range(1), case.inputs, case.can, aim, [0], _logits(self.model, case.inputs))
+        with untouched(self.model), torch.no_grad():
+            batch = Batch(range(1), case.inputs, case.can, self.aim(target), [0], answers(self.model, case.inputs))
             found = _measure(self.model, self.processor, batch, removed, REMOVERS[self.kind][remover], 32)
         return found["probability" if len(target) == 1 else "logit"].view(2, -1).double().numpy()
 

@@ -4,7 +4,16 @@
 2.50 [1.50, 3.50]
 """
 
+from functools import lru_cache
+
 import numpy as np
+
+
+@lru_cache(4)
+def _times(m, n, seed):
+    """How many times each of m values comes in each of n draws of m: (m, n)."""
+    draws = np.random.default_rng(seed).integers(m, size=(n, m)) + m * np.arange(n)[:, None]
+    return np.bincount(draws.ravel(), minlength=n * m).reshape(n, m).T.astype(np.uint16, order="C")
 
 
 def interval(values, of=None, *, n=4000, seed=1):
@@ -29,8 +38,7 @@ def interval(values, of=None, *, n=4000, seed=1):
                          f" and {of.shape}")
     if not (np.isfinite(values).all() and np.isfinite(of).all()):
         raise ValueError("an interval takes finite values, and here some are not; leave out what was not measured")
-    draws = np.random.default_rng(seed).integers(values.shape[-1], size=(n, values.shape[-1]))
-    times = np.stack([np.bincount(draw, minlength=values.shape[-1]) for draw in draws], -1)  # that each value is drawn
+    times = _times(values.shape[-1], n, seed)
     whole = of @ times
     if whole.min() <= 0 <= whole.max():
         raise ValueError("a ratio of means is of a whole that is not zero, and here the mean of `of` changes its sign "

@@ -165,7 +165,10 @@ def _processor(source: str, model: nn.Module, pinned: dict) -> Any:
     if local.is_dir() and not any(found for pattern in files for found in local.glob(pattern)):
         raise FileNotFoundError(f"A model comes with its {kind}, and {source!r} holds none. Save one beside the model: "
                                 f"{kind.replace(' ', '_')}.save_pretrained({source!r}).")
-    return auto.from_pretrained(source, **asked, **pinned)
+    processor = auto.from_pretrained(source, **asked, **pinned)
+    if kind == "image processor" and getattr(model.config, "num_channels", None) == 3:
+        processor.do_convert_rgb = True  # photographs come in grey and with transparency, too: ImageNet's do
+    return processor
 
 
 def word_tokenizer(words: Iterable[str], length: int, *, template: str = "$A", **special_tokens: str) -> Any:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from tensorlens_utils import load_data, load_model
+from tensorlens_utils import baselines, collapse, load_data, load_model
 from tensorlens_utils.intervals import interval
 from tensorlens_utils.perturbation import ERASER_BINS, area, band, compare, curves, eraser, evaluate, removals
 from tensorlens_utils.removers import REMOVERS, removable
@@ -298,6 +298,7 @@ def test_a_column_can_be_the_target():
     rows = data("tiny-vit")
     table = run("tiny-vit", METHODS, rows.map(lambda row: {"nine": 9}), target="nine", orders=["morf"])
     assert {row["target"] for row in table.rows} == {9} and table.settings["target"] == "nine"
+    assert all("against" not in row for row in table.rows)
     first = [row["probability"][0] for row in table.where(method="content")]
     model, processor = loaded("tiny-vit")
     y = model(**processor(rows[:]["image"], return_tensors="pt").to(model.dtype)).logits.softmax(1)[:, 9]
@@ -305,6 +306,79 @@ def test_a_column_can_be_the_target():
     accuracy = curves(table, "accuracy", order="morf")["content"]
     assert np.array_equal(accuracy, [[p == rows[i]["label"] for p in row["prediction"]]
                                      for i, row in enumerate(table.where(method="content"))])
+
+
+# --------------------------------------------------------------------------------------------------- contrasts of two
+
+
+def test_a_contrast_is_watched_as_the_choice_between_two():
+    model, processor = loaded("tiny-gpt")
+    rows = data("tiny-gpt").map(lambda row: {"right": processor.convert_tokens_to_ids(row["object"])})
+    seen = []
+
+    def spy(model, inputs, target):
+        seen.append(target)
+        return by_content(model, inputs, target)
+
+    table = run("tiny-gpt", {"spy": spy}, rows, target=("prediction", "runner-up"), fractions=FRACTIONS)
+    assert table.settings["target"] == ["prediction", "runner-up"] and seen[0].shape == (9, 2)
+    for row in table.rows:
+        inputs = processor([rows[row["example"]]["prompt"]], return_tensors="pt")
+        whole = answer(model, inputs)
+        t, c = sorted(range(len(whole)), key=lambda i: -float(whole[i]))[:2]
+        assert (row["target"], row["against"]) == (t, c) == tuple(seen[0][row["example"]].tolist())
+        assert row["label"] == t
+        scores = by_content(model, inputs, None)[0].tolist()
+        can = [int(i) not in processor.all_special_ids for i in inputs["input_ids"][0]]
+        for f, fraction in enumerate(FRACTIONS):
+            places = removed_by_hand(scores, can, fraction, row["order"])
+            y = answer(model, remove_by_hand("tiny-gpt", processor, inputs, places))
+            assert row["logit"][f] == pytest.approx(float(y[t] - y[c]), rel=1e-6, abs=1e-6)
+            assert row["probability"][f] == pytest.approx(1 / (1 + math.exp(float(y[c] - y[t]))), rel=1e-6)
+            assert row["change"][f] == pytest.approx(float((y - whole).square().sum()), rel=1e-6, abs=1e-9)
+            assert row["prediction"][f] == int(y.argmax())
+
+
+def test_a_runner_up_is_the_best_beside_the_first_and_columns_can_be_contrasted():
+    nine = data("tiny-vit").map(lambda row: {"nine": 9, "eight": 8})
+    model, processor = loaded("tiny-vit")
+    y = model(**processor(nine[:]["image"], return_tensors="pt").to(model.dtype)).logits.detach()
+    table = run("tiny-vit", {"content": by_content}, nine, target=("nine", "runner-up"), orders=["morf"])
+    others = y.clone()
+    others[:, 9] = -torch.inf
+    assert [row["against"] for row in table.rows] == others.argmax(1).tolist()
+    table = run("tiny-vit", {"content": by_content}, nine, target=("nine", "eight"), orders=["morf"])
+    assert [row["logit"][0] for row in table.rows] == pytest.approx((y[:, 9] - y[:, 8]).tolist(), rel=1e-6)
+    assert {(row["target"], row["against"]) for row in table.rows} == {(9, 8)}
+    but_one = [int(z.argmax() if i == 4 else z.argmin()) for i, z in enumerate(y)]
+    with pytest.raises(ValueError, match="'least' and 'prediction' name the same in 1 of 9 examples"):
+        run("tiny-vit", {"content": by_content}, nine.add_column("least", but_one), target=("least", "prediction"))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_maps_that_are_linear_in_the_output_explain_a_contrast_as_the_difference(name):
+    model, processor = loaded(name)
+    given = data(name, 2)[:][DATA[name][1]]
+    inputs = processor(given, return_tensors="pt", **({} if name == "tiny-vit" else {"padding": True}))
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    pairs = torch.tensor([[0, 1], [1, 0]])
+    linear = ["class", "attention × gradient", "gradient × input", "integrated gradients", "feature ablation"]
+    for method, map_of in (collapse.METHODS | baselines.METHODS).items():
+        first, second, both = (map_of(model, inputs, target).detach() for target in (*pairs.T, pairs))
+        if method in linear:
+            assert torch.allclose(both, first - second, atol=1e-6 * float(first.abs().max())), method
+            assert both.abs().max() > 0
+        elif method != "chefer":  # which takes the positive part; the others heed no target
+            assert torch.equal(both, first), method
+        else:
+            assert not torch.allclose(both, first)
+
+
+def test_texts_are_padded_on_the_right_whatever_the_tokenizer_says(monkeypatch):
+    model, processor = loaded("tiny-gpt")
+    rows = run("tiny-gpt", METHODS).rows
+    monkeypatch.setattr(processor, "padding_side", "left")
+    assert run("tiny-gpt", METHODS).rows == rows
 
 
 def test_texts_are_cut_at_the_length_given():
@@ -356,14 +430,19 @@ def test_areas_are_those_of_a_curve_worked_by_hand():
     assert area([1, 0], [0, 0.3]) == pytest.approx(0.5)
     value, low, high = band(p)
     assert value == pytest.approx([0.95, 0.65, 0.35, 0.35]) and (low <= value).all() and (value <= high).all()
-    assert np.array_equal(band(p)[:, 1], interval(p[:, 1]))
+    assert np.allclose(band(p)[:, 1], interval(p[:, 1])) and np.allclose(band(p, n=50)[:, 1], interval(p[:, 1], n=50))
 
 
 def test_comprehensiveness_and_sufficiency_by_hand():
     p = {"morf": [[0.9, 0.8, 0.5, 0.2], [0.6, 0.6, 0.6, 0.0]], "insert": [[0.1, 0.4, 0.8, 0.9], [0.0, 0.3, 0.6, 0.6]]}
-    found = eraser(by_hand({order: [[1] * 4] * 2 for order in p}, probability=p))
+    table = by_hand({order: [[1] * 4] * 2 for order in p}, probability=p)
+    found = eraser(table, bins=[0.25, 0.5, 1])
     assert found["comprehensiveness"]["m"] == pytest.approx([(0.1 + 0.4 + 0.7) / 3, (0 + 0 + 0.6) / 3])
     assert found["sufficiency"]["m"] == pytest.approx([(0.5 + 0.1 + 0.0) / 3, (0.3 + 0 + 0) / 3])
+    fewer = eraser(table, bins=[0.5])  # of a table that has more
+    assert fewer["comprehensiveness"]["m"] == pytest.approx([0.4, 0])
+    with pytest.raises(ValueError, match=r"Bins are among the fractions.*\[0, 0.25, 0.5, 1\], and \[0.01, 0.05"):
+        eraser(table)
 
 
 def test_comprehensiveness_of_texts_without_their_first_words():
@@ -397,6 +476,7 @@ def test_a_paired_difference_tells_apart_what_two_intervals_do_not():
     assert a.mean[1] < b.mean[2]  # the two intervals overlap
     assert np.array_equal(b.behind, interval(values["a"] - values["b"])) and b.behind[1] > 0
     assert not a.behind.any() and np.array_equal(a.mean, interval(values["a"]))
+    assert np.array_equal(compare(values, n=50)[1].behind, interval(values["a"] - values["b"], n=50))
 
 
 def test_no_best_is_marked_where_one_may_be_as_good():
@@ -463,6 +543,46 @@ def test_killed_half_way_and_started_again_an_evaluation_gives_the_same_table(tm
     assert len(log.read_text().split()) - begun == 10 - had // 24  # only the jobs whose rows were not there
 
 
+ACCELERATED = """
+import sys, time, torch
+from accelerate import PartialState
+from tensorlens_utils import load_data, load_model
+from tensorlens_utils.baselines import METHODS
+from tensorlens_utils.perturbation import evaluate
+
+path, state = sys.argv[1], PartialState(cpu=True)
+torch.set_num_threads(1)  # accelerate has just set as many as there are cores, in each process
+model, processor = load_model("tiny-bert", dtype="float64", device=state.device)
+
+def noted(name):
+    def scores(*given):
+        with open(f"{path}.{state.process_index}", "a") as stream:
+            stream.write(name + chr(10))
+        time.sleep(0.05)  # so that no process is through before the other begins
+        return METHODS[name](*given)
+    return scores
+
+state.wait_for_everyone()
+evaluate(model, processor, load_data("reviews").select(range(24)), {m: noted(m) for m in ("random", "rollout")},
+         removers=["mask", "drop"], path=path, batch_size=4, progress=False)
+"""
+
+
+def test_two_processes_of_accelerate_give_the_table_of_one(tmp_path):
+    script, path = tmp_path / "perturb.py", tmp_path / "table.jsonl"
+    script.write_text(ACCELERATED)
+    # as `accelerate launch` starts them where there are GPUs; its debug_launcher is tested in test_results.py
+    two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                            script, path])
+    model, processor = loaded("tiny-bert")
+    methods = {name: baselines.METHODS[name] for name in ("random", "rollout")}
+    one = evaluate(model, processor, load_data("reviews").select(range(24)), methods, removers=["mask", "drop"],
+                   batch_size=4, progress=False)
+    assert two.wait() == 0 and read(path) == one and len(one.rows) == 24 * 2 * 2 * 3
+    done = [log.read_text().split() for log in tmp_path.glob("table.jsonl.[01]")]
+    assert len(done) == 2 and sum(map(len, done)) == 12, done  # both worked, and nothing was done twice
+
+
 def test_a_method_can_be_added_to_a_table_and_other_settings_are_refused(tmp_path):
     calls, path = [], tmp_path / "table.jsonl"
     counted = {m: (lambda *given, m=m: calls.append(m) or METHODS[m](*given)) for m in METHODS}
@@ -498,8 +618,11 @@ def test_chance_is_seeded_for_each_batch_and_left_as_it_was():
     ({"removers": ["mask"]}, "The remover is one of 'zero', 'mean', 'blur', 'grey'; 'mask' is none"),
     ({"orders": ["most"]}, "The order is one of 'morf', 'lerf', 'insert'; 'most' is none"),
     ({"fractions": [0.1, 1]}, "Fractions rise from 0"), ({"fractions": [0, 0.5, 0.5]}, "Fractions rise from 0"),
-    ({"fractions": [0, 2]}, "at most 1"), ({"target": "class"}, "The column is one of 'image', 'label', 'row'"),
-    ({"target": "row"}, "Targets are whole numbers from 0 to 9"),
+    ({"fractions": [0, 2]}, "at most 1"), ({"target": "class"}, "The target is one of 'prediction', 'image', 'label'"),
+    ({"target": "row"}, "Targets are whole numbers from 0 to 9"), ({"column": "text"}, "The column is one of 'image'"),
+    ({"target": "runner-up"}, "The target is one of 'prediction'.*'runner-up' is none"),
+    ({"target": ("prediction", "class")}, "target's rival is one of 'prediction', 'runner-up'.*'class' is none"),
+    ({"target": ("prediction", "prediction")}, "contrast is of two outputs, and 'prediction' and .* 9 of 9 examples"),
     ({"methods": {"short": lambda *_: torch.ones(9, 15)}}, r"score for each token, \(9, 16\); 'short' gave \(9, 15\)"),
     ({"methods": {"nan": lambda *_: torch.full((9, 16), torch.nan)}}, "'nan' gave .* 144 of them not finite")])
 def test_what_cannot_be_evaluated_is_refused(options, message):
