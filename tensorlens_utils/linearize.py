@@ -179,8 +179,7 @@ def _patches(enter: Callable, out: Tensor) -> Tensor:
 
 
 def _watch(model: nn.Module, stack: ExitStack, at, to, enter: Callable) -> None:
-    """Hooks that let X enter at boundary ``at`` and stop the forward at boundary ``to``, counting the blocks' calls."""
-    blocks, n, calls = find_blocks(model)[1], n_blocks(model), [0]
+    """Hooks that let X enter at boundary ``at`` and stop the forward at boundary ``to``."""
 
     def meet(k: int, hidden: Tensor) -> Tensor:
         hidden = enter(hidden) if k == at else hidden
@@ -188,17 +187,28 @@ def _watch(model: nn.Module, stack: ExitStack, at, to, enter: Callable) -> None:
             raise _Reached(hidden)
         return hidden
 
+    stack.enter_context(crossings(model, meet))
+
+
+@contextmanager
+def crossings(model: nn.Module, meet: Callable[[int, Tensor], Tensor]):
+    """Inside, ``meet(k, hidden)`` sees what crosses boundary k, in every forward of ``model``, and gives what goes on.
+    """
+    blocks, n, calls = find_blocks(model)[1], n_blocks(model), [0]
+
     def before(module, args, kwargs):
-        k, calls[0] = calls[0], calls[0] + 1
+        k, calls[0] = calls[0] % n, calls[0] + 1
         if args:
             return (meet(k, args[0]), *args[1:]), kwargs
         name = next(name for name in ("hidden_states", "src", "x", *kwargs) if name in kwargs)
         return args, {**kwargs, name: meet(k, kwargs[name])}
 
     def after(module, args, out):
-        if calls[0] == n:
+        if calls[0] % n == 0:
             return meet(n, out) if isinstance(out, Tensor) else (meet(n, out[0]), *out[1:])
 
-    for block in set(blocks):
-        stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(block.register_forward_hook(after).remove)
+    with ExitStack() as stack:
+        for block in set(blocks):
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        yield

@@ -104,6 +104,8 @@ def settled_linear(rec, call: Call):
     addends = ADDENDS.get(call.name, ())
     factors = [x for key, x in (*enumerate(call.args), *call.kwargs.items()) if key not in addends]
     if sum(map(dependent, leaves(factors))) > 1:
+        if rec.options["attention"] == "tangent" and any(t._tag.gate for t in call.deps):  # A·v: no scores any more
+            return rec.tangent(call, gate=False)
         return rec.carry(call, "scores", affine=False, origin=two_factors(rec, call))
     if call.name in PRODUCTS and not any(map(dependent, leaves(factors))):  # X comes in by what is added alone
         addends = tuple(k for k, x in (*enumerate(call.args), *call.kwargs.items()) if isinstance(x, Tensor))
@@ -317,16 +319,23 @@ def attention(rec, call: Call):
         if a["enable_gqa"]:
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
         if not frozen or q.shape[:-1].numel() * k.shape[-2] <= TILE or not dependent(v):
-            return pattern(q, k, mask, a["is_causal"], scale) @ v
+            return pattern(q, k, mask, a["is_causal"], scale, scores=marked) @ v
     return rec.record(attend, (v, q, k, mask, a["is_causal"], scale))
 
 
-def pattern(q, k, mask, causal, scale, rows=slice(None)):
+def marked(S):
+    """Scores are scores where q or k alone depends on X, too, which makes them linear in it."""
+    if dependent(S):
+        S._tag.kind = "scores"
+    return S
+
+
+def pattern(q, k, mask, causal, scale, rows=slice(None), scores=lambda S: S):
     """A = softmax(q·kᵀ·scale + mask) for some rows of queries; a row that may see nothing is zero, as in torch."""
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
-    S = q[..., rows, :].to(wide) @ k.mT.to(wide) * scale
+    S = scores(q[..., rows, :].to(wide) @ k.mT.to(wide) * scale)
     if mask is None:
         return S.softmax(-1).to(q.dtype)
     mask = mask[..., rows, :] if mask.dim() > 1 and mask.shape[-2] > 1 else mask

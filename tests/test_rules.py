@@ -469,3 +469,45 @@ def test_experts_weights_are_a_router():
     close(T.dense(), rowwise(scale[..., None, None] * W2.T))
     assert "router" in {cut.rule for cut in T.cuts}
     close(operator(f, **TANGENT).dense(), jacobian(f, X))
+
+
+# ---------------------------------------------------------------------------------------------- one option at a time
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("tangent", [(), ("attention",), ("norm",), ("activation", "gate")], ids=str)
+def test_one_tangent_option_leaves_the_others_frozen(tangent, fused):
+    """Norm, attention, norm, gated FFN: the Jacobian of the block with all that is held constant detached."""
+
+    def block(x, hold=lambda option, t: t, fused=fused):
+        def norm(x):
+            return x * hold("norm", torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+        def attend(q, k, v):
+            if fused and hold("attention", q) is q:  # as a model calls it
+                return F.scaled_dot_product_attention(q, k, v)
+            return hold("attention", (q @ k.mT / 2).softmax(-1)) @ v
+
+        y = norm(x)
+        x = x + attend(y @ W, y @ W2, y @ (W + W2))
+        y = norm(x)
+        g = y @ W2
+        r = hold("activation", F.silu(g) / g)  # silu(g) = g·r, all of it the gate's where that is held
+        return x + hold("gate", g * r) * (y @ W)
+
+    def detached(x):
+        return block(x, lambda option, t: t if option in tangent else t.detach(), fused=False)
+
+    T = operator(block, **dict.fromkeys(tangent, "tangent"))
+    close(T.dense(), jacobian(detached, X), 1e-12)
+
+
+def test_attention_over_kept_keys_is_attention_though_the_query_is_constant():
+    """Scores are linear in k alone; with attention tangent their softmax is differentiated, and is no router."""
+
+    def f(x):
+        return F.scaled_dot_product_attention(C, torch.cat([C, x @ W], 1), torch.cat([C, x @ W2], 1))
+
+    T = operator(f, attention="tangent")
+    close(T.dense(), jacobian(f, X))
+    assert not T.cuts and {cut.rule for cut in operator(f).cuts} == {"softmax"}

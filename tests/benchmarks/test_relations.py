@@ -1,0 +1,98 @@
+"""What one relation matrix W costs: T's block from the subject to the last position, against LRE's Jacobian.
+
+GPT-2 XL's width, six blocks above the subject, 40 tokens, random weights. Some of the 1600 cotangents are timed, on
+both sides, and scaled to all of them; what happens once is counted once. On a CPU all of it runs on one thread.
+"""
+
+import copy
+import statistics
+
+import pytest
+import torch
+import transformers
+
+from tensorlens_utils.costs import machine, peak_gigabytes, seconds
+from tensorlens_utils.linearize import crossings
+from tensorlens_utils.subjects import FROZEN, TANGENT, _Cut
+
+D, BLOCKS, L, SOME = 1600, 6, 40, 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def xl(device):
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=D, n_head=25, n_layer=BLOCKS))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def lre_jacobian(model, ids, p, s, n):
+    """The first n rows of ∂o/∂s as LRE's code computes them: keys and values before the subject kept, then
+    torch.autograd.functional.jacobian, vectorised, of a forward with s patched in; each call has a cache of its own."""
+    with torch.no_grad():
+        kept = model(ids[:, :p], use_cache=True).past_key_values
+
+    def o_of(s):
+        found = []
+
+        def meet(k, hidden):
+            if k == 0:
+                hidden = hidden.clone()
+                hidden[0, 0] = s
+            if k == BLOCKS:
+                found.append(hidden)
+            return hidden
+
+        with crossings(model, meet):
+            model(ids[:, p:], past_key_values=copy.deepcopy(kept), use_cache=True)
+        return found[0][0, -1, :n]
+
+    return torch.autograd.functional.jacobian(o_of, s, vectorize=True)
+
+
+@pytest.mark.parametrize("after", [3, 10, 20])
+@pytest.mark.parametrize("decoder", ["tensor", "all tangent"])
+def test_one_w_against_lres_jacobian(benchmark, device, xl, after, decoder):
+    """The bar, 1.5 times as fast, is asked of the tensor's W with ten tokens after the subject."""
+    rules, p = {"tensor": FROZEN, "all tangent": TANGENT}[decoder], L - 1 - after
+    ids = torch.randint(0, 50257, (1, L), generator=torch.Generator().manual_seed(0)).to(device)
+    cut = _Cut(xl, ids.tolist(), p, 1)
+    with torch.no_grad():
+        cut.forward()
+    s, found = cut.states[0][:, cut.row].clone(), []
+
+    def ours(n, chunk=SOME):
+        found.append(cut.pulled(s, [0], 0, chunk, rules, n)[0][0])
+
+    def theirs(n):
+        return lre_jacobian(xl, ids, p, s[0], n)
+
+    J = theirs(8)
+    ours(8)
+    if rules:
+        assert (found[-1] - J).abs().max() < 1e-4 * J.abs().max()
+
+    def whole(run):
+        """Seconds for all D cotangents, from those of `SOME` and of one."""
+        once = min(seconds(lambda: run(1), device) for _ in range(2))
+        return once + (min(seconds(lambda: run(SOME), device) for _ in range(2)) - once) * (D - 1) / (SOME - 1)
+
+    ratios = [whole(theirs) / whole(ours) for _ in range(3)]
+    benchmark.pedantic(lambda: ours(SOME), rounds=1)
+    rate = machine(device)["gigaflops_per_second"]
+    ideal = 2 * 12 * D**2 * BLOCKS * (after + 1) * D / rate / 1e9  # every product of every row, at that rate
+    benchmark.extra_info |= {
+        "times_lre": statistics.median(ratios), "all": ratios, "tokens_after": after, "decoder": decoder,
+        "over_ideal": whole(ours) / ideal, "lre_over_ideal": whole(theirs) / ideal, "matmul_gflops": rate,
+        "gigabytes_by_chunk": {n: peak_gigabytes(lambda n=n: ours(SOME, n), device) for n in (16, 64, SOME)},
+        "lre_gigabytes": peak_gigabytes(lambda: theirs(SOME), device), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if decoder == "tensor" and after == 10:
+        assert statistics.median(ratios) >= 1.5
