@@ -315,7 +315,7 @@ class Series:
         package = sorted(p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
         results = [self.figures / f for f in figures] + [self.result(name)] * (self.profile != "tiny")
         whole = hashlib.sha256(json.dumps([self.table[name][self.profile], sys.version_info[:2]]).encode())
-        measured = sorted(self.root.glob("tests/benchmarks/results/*.json"))  # what notebooks draw of `make bench`
+        measured = sorted(self.root.glob("tests/*/**/*.json"))  # by `make bench` and tests/measurements/, for figures
         for path in [self.source(name), self.root / "constraints.txt", *measured, *package, *results]:
             whole.update(path.name.encode() + hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
         return whole.hexdigest()

@@ -3,8 +3,9 @@
     python tests/measurements/stories260K.py            # writes stories260K.json beside this file, in a minute or two
 
 Model and text are not part of the repository: they are looked for in $TENSORLENS_DATA, or ../shared/data. Notebook 05
-draws what the file holds, which is, for each way to remove a token and to name the answer: the area under the curve of
-each method for each story, from which paired intervals can be taken, and the mean curves.
+draws what the file holds: for each way to remove a token (dropped, or <unk> in its place) and to watch the answer
+(among all tokens, or among the top token and the runner-up), the area of each method for each story, from which paired
+intervals can be taken.
 """
 import json
 import os
@@ -38,19 +39,13 @@ def model_and_stories(data: Path):
 
 
 def measure(model, tokenizer, rows, methods=METHODS, tasks=TASKS):
-    """task -> {"areas": {measure and order -> {method: (stories,)}}, "curves": {order -> {method: (fractions,)}}}."""
+    """task -> order -> method -> areas under the curve of the probability, (stories,)."""
     found = {}
     for task, (remover, target) in tasks.items():
         table = evaluate(model, tokenizer, rows, methods, removers=[remover], orders=["morf", "lerf"], target=target,
                          fractions=FRACTIONS, max_length=LENGTH, batch_size=64)
-        found[task] = {"areas": {}, "curves": {}}
-        for order in ("morf", "lerf"):
-            for measure in ("probability", "logit", "change"):
-                values = curves(table, measure, order=order)
-                means = {method: v.mean(0).round(4).tolist() for method, v in values.items()}
-                found[task]["curves"][f"{measure}, {order}"] = means
-                if measure == "probability":
-                    found[task]["areas"][order] = {m: area(v, FRACTIONS).round(4).tolist() for m, v in values.items()}
+        found[task] = {order: {method: area(values, FRACTIONS).round(4).tolist() for method, values in curves(
+            table, "probability", order=order).items()} for order in ("morf", "lerf")}
     return found
 
 
@@ -61,13 +56,13 @@ def main():
     with torch.no_grad():
         right = model(ids[:, :-1]).logits[:, -1].argmax(-1) == ids[:, -1]
     found = {"model": "stories260K", "data": "TinyStories", "stories": len(rows), "tokens": LENGTH,
-             "fractions": FRACTIONS, "torch": torch.__version__.partition("+")[0],
-             "right": right.int().tolist(), "tasks": measure(model, tokenizer, rows)}
+             "fractions": FRACTIONS, "right": right.int().tolist(),
+             "torch": torch.__version__.partition("+")[0], "tasks": measure(model, tokenizer, rows)}
     text = json.dumps(found, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^][{}]*\]", lambda numbers: json.dumps(json.loads(numbers[0])), text)  # a list on a line
     HERE.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    for task, values in found["tasks"].items():
-        for order, areas in values["areas"].items():
+    for task, orders in found["tasks"].items():
+        for order, areas in orders.items():
             print(task, order, ", ".join(f"{m} {np.mean(v):.3f}" for m, v in sorted(
                 areas.items(), key=lambda item: np.mean(item[1]), reverse=order == "lerf")))
 
