@@ -27,7 +27,7 @@ from .explaining import coloured, entries, named, shown
 from .linearize import untouched
 from .menus import Explorer, svg
 from .models import n_blocks
-from .perturbation import FRACTIONS, _measure, area, removals
+from .perturbation import FRACTIONS, area, removals, watched
 from .plotting import PAGE_WIDTH, PALETTE, cells, diverging, signed
 from .removers import REMOVERS, kind_of, removable
 
@@ -209,7 +209,7 @@ class _Maps:
         removed = torch.cat([removals(scores, case.can, FRACTIONS, order) for order in ("morf", "lerf")], 1)
         with untouched(self.model), torch.no_grad():
             batch = Batch(range(1), case.inputs, case.can, self.aim(target), [0], answers(self.model, case.inputs))
-            found = _measure(self.model, self.processor, batch, removed, REMOVERS[self.kind][remover], 32)
+            found = watched(self.model, self.processor, batch, removed, REMOVERS[self.kind][remover], 32)
         return found["probability" if len(target) == 1 else "logit"].view(2, -1).double().numpy()
 
     # -- the pictures

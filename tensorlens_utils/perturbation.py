@@ -130,7 +130,7 @@ def evaluate(model: nn.Module, processor: Any, dataset: datasets.Dataset, method
         blocks = torch.cat([removals(scores, batch.can, fractions, order) for order in orders], 1)
         rows = []
         for remover in removers:
-            measured = _measure(model, processor, batch, blocks, REMOVERS[kind][remover], batch_size)
+            measured = watched(model, processor, batch, blocks, REMOVERS[kind][remover], batch_size)
             for i, example in enumerate(batch.examples):
                 for j, order in enumerate(orders):
                     points = slice(j * len(fractions), (j + 1) * len(fractions))
@@ -150,7 +150,7 @@ def _short(x: float | int) -> float | int:
     return x if isinstance(x, int) else float(f"{x:.7g}")  # what a float32 holds
 
 
-def _measure(model: nn.Module, processor: Any, batch: Batch, removed: Tensor, remover: Callable,
+def watched(model: nn.Module, processor: Any, batch: Batch, removed: Tensor, remover: Callable,
              batch_size: int) -> dict[str, Tensor]:
     """The answers where `removed` (N, K, L) says what is not there: prediction, probability, logit, change, (N, K)."""
     N, K, _ = removed.shape
