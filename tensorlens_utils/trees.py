@@ -112,8 +112,8 @@ class Tree:
                 raise ValueError(f"a level of {n} leaves has 1 to {n} folders; not {[*counts]}")
             levels, names = [labels.copy()], [*labels]
             for k, (left, right) in enumerate(Z[:, :2].astype(int)):
-                names.append(min(names[left], names[right]))
-                labels[(labels == names[left]) | (labels == names[right])] = names[-1]
+                names.append(names[left])
+                labels[labels == names[right]] = names[left]
                 if n - 1 - k in counts:
                     levels.append(labels.copy())
             return cls.from_labels(*reversed(levels))
@@ -226,7 +226,7 @@ class Tree:
         shared = torch.full((self.n, self.n), self.n)
         for labels in self.levels[1:]:
             shared = torch.where(labels[:, None] == labels, labels.bincount()[labels], shared)
-        return shared.fill_diagonal_(1)
+        return shared
 
     def agreement(self, other: "Tree") -> float:
         """How far two trees put the same leaves together: Spearman's correlation of ``shared`` over the pairs.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
+from scipy.stats import spearmanr
 
 from tensorlens_utils.growing import (
     _groups,
@@ -216,6 +217,9 @@ def test_agreement_is_one_with_itself_and_none_with_shuffled_trees():
     near = tree.levels.clone()
     near[:, [0, 1]] = near[:, [1, 0]]  # two leaves change places
     assert max(null) < tree.agreement(Tree(near)) < 1
+    one, pairs = Tree.random(60, 1), np.triu_indices(60, 1)
+    ranked = spearmanr(tree.shared().numpy()[pairs], one.shared().numpy()[pairs]).statistic
+    assert tree.agreement(one) == pytest.approx(ranked, abs=1e-10)
     assert np.isnan(tree.agreement(Tree.from_labels([0] * 60)))
     with pytest.raises(ValueError, match="60 and 4"):
         tree.agreement(Tree.dyadic(4))
