@@ -81,6 +81,21 @@ def _inside(model: nn.Module) -> Callable[[str], bool]:
     return lambda path: path.startswith(blocks)
 
 
+def writers(model: nn.Module, inputs, position=-1) -> dict[str, int | None]:
+    """The modules that write into the residual stream, by path, as the first of these inputs shows them: how many
+    heads an attention's output projection reads, side by side; None for an FFN's last linear map.
+
+    Found are those that the logits at ``position`` depend on.
+
+    >>> from tensorlens_utils import load_data, load_model
+    >>> model, processor = load_model("tiny-vit")
+    >>> found = writers(model, processor(load_data("digits")[:1]["image"], return_tensors="pt"))
+    >>> found["vit.layers.0.attention.o_proj"], found["vit.layers.0.mlp.fc2"]
+    (4, None)
+    """
+    return _Opened(model, *next(_each(inputs, None, position)), cut=_inside(model)).heads
+
+
 def removal(model: nn.Module, inputs, writer: str | tuple[str, int], target=None, position=-1) -> tuple[Tensor, Tensor]:
     """How the logit changes when a writer writes nothing: (as T predicts it, as the model answers), (N,) each.
 
@@ -96,10 +111,10 @@ def removal(model: nn.Module, inputs, writer: str | tuple[str, int], target=None
     """
     name, head = (writer, None) if isinstance(writer, str) else writer
     examples = list(_each(inputs, target, position))
-    writers = _Opened(model, *examples[0], cut=_inside(model)).heads
-    heads = writers.get(name, 0)  # None: an FFN's
+    found = writers(model, inputs, position)
+    heads = found.get(name, 0)  # None: an FFN's
     if heads == 0 or head is not None and not (heads and 0 <= head < heads):
-        raise ValueError(f"writer must be one of {', '.join(writers)}, or (name, head) of an attention; not {writer!r}"
+        raise ValueError(f"writer must be one of {', '.join(found)}, or (name, head) of an attention; not {writer!r}"
                          + f", which has {heads} heads" * bool(heads))  # fmt: skip
     opened = [_Opened(model, *one, cut=name.__eq__) for one in examples]
     shares = _stacked([o.shares for o in opened])[name]
@@ -263,7 +278,7 @@ class _Opened:
         """Add a leaf's share, entry by entry, to what goes by its name."""
         if heads != 0:  # of a product
             self.heads[name] = heads
-            share = share.reshape(-1, share.shape[-1]).sum(0).view(1, heads or 1, -1).sum(-1)
+            share = share.flatten(0, -2).sum(0).unflatten(0, (heads, -1) if heads else (1, -1)).sum(-1)[None]
         elif share.dim() > 1 and name != CONSTANTS:
             share = share.sum(-1)
             share = share.reshape(1, -1, share.shape[-1]).sum(1)

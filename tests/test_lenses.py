@@ -1,0 +1,366 @@
+"""Lenses: their gradients and closed form against autograd, what is captured, read and kept in files."""
+
+import functools
+import json
+
+import pytest
+import torch
+from families import FAMILIES as MODELS
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tensorlens_utils import load_data, load_model, world
+from tensorlens_utils.heads import Heads, replaced
+from tensorlens_utils.lens_families import FAMILIES, Full, Moments
+from tensorlens_utils.lens_training import train
+from tensorlens_utils.lenses import Lens, bias_only, load_lens, unembedding
+from tensorlens_utils.regression import OBJECTIVES, blocks, damped, gradient, losses
+
+EVERY = slice(None)
+
+
+@functools.cache
+def tiny(dtype="float64"):
+    model, tokenizer = load_model("tiny-gpt", dtype=dtype)
+    example = tokenizer(["the capital of france is"], return_tensors="pt")
+    return Heads(model, example, tokenizer, getattr(torch, dtype))
+
+
+@functools.cache
+def some(dtype="float64"):
+    """Positions of two texts that have a next one."""
+    seen = tiny(dtype).capture({"input_ids": world.Text(5).rows(2)}, scale=True)
+    return seen[seen.following >= 0]
+
+
+@functools.cache
+def moments(of_logits=False):
+    m = Moments(of_logits)
+    return m.add(some()[:100]).add(some()[100:]).close()
+
+
+def start(family, of_logits=False, rank=3):
+    return FAMILIES[family].start(moments(of_logits), tiny(), rank)
+
+
+def dense(family, seen, parameters):
+    """The lenses' logits written out from the table in lens_families.py, with features for z itself."""
+    mu, s, p = family.mu[:, None], seen.scale[:, None], parameters
+    z = seen.z - mu
+    z = z if family.white is None else z @ family.white
+    match type(family).__name__:
+        case "Full":
+            return z @ p["W"].mT + p["b"][:, None]
+        case "LowRank":
+            return z @ p["A"].mT @ p["B"].mT + p["b"][:, None]
+        case "Translator":
+            return s * ((z @ p["T"].mT + p["c"][:, None]) @ family.M.T) + family.beta
+        case _:
+            return z @ family.F.mT @ p["L"][family.unit].mT + p["b"][family.unit, None]
+
+
+def close(a, b, bar=1e-12):
+    assert a.shape == b.shape
+    assert float((a - b).norm()) <= bar * float(b.norm())
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_by_hand_is_autograds_whatever_the_pieces(family, objective):
+    lenses, seen = start(family, objective == "logits"), some()[::13]
+    for p in lenses.parameters.values():
+        p.requires_grad_()
+        p.grad = torch.zeros_like(p)
+    x = dense(lenses, seen, lenses.parameters)
+    target = seen.p, seen.log_p, seen.following
+    written_out = {
+        "kl": lambda p, log_p, y: (p * (log_p - x.log_softmax(-1))).sum(-1),
+        "reverse": lambda p, log_p, y: (x.softmax(-1) * (x.log_softmax(-1) - log_p)).sum(-1),
+        "next": lambda p, log_p, y: torch.nn.functional.cross_entropy(x.mT, y.expand(len(x), -1), reduction="none"),
+        "logits": lambda p, log_p, y: ((x - log_p) - (x - log_p).mean(-1, keepdim=True)).square().mean(-1) / 2,
+    }[objective](*target)
+    close(losses(lenses, seen, objective), written_out.detach())
+    wanted = torch.autograd.grad(written_out.mean(1).sum(), [*lenses.parameters.values()])
+    for pieces in ((2**30, 2**30), (30_000, 2**30), (1, 5_000)):  # all, a head at a time, the vocabulary in chunks
+        for p in lenses.parameters.values():
+            p.grad.zero_()
+        gradient(lenses, seen, objective, 1 / len(seen), pieces=pieces)
+        for p, g in zip(lenses.parameters.values(), wanted, strict=True):
+            close(p.grad, g)
+
+
+def test_blocks_cover_all_heads_and_positions_once_and_are_small():
+    for A, n, V, piece in [(5, 70, 11, 200), (3, 7, 1000, 100), (4, 64, 50, 10**9)]:
+        seen = torch.zeros(A, n)
+        for heads, rows in blocks(A, n, V, piece):
+            seen[heads, rows] += 1
+            size = (heads.stop - heads.start) * (rows.stop - rows.start)
+            assert size * V <= max(piece, min(n, 32) * V)
+        assert (seen == 1).all()
+
+
+def test_products_in_bfloat16_give_nearly_the_same_gradient():
+    lenses = {}
+    for precision in (None, torch.bfloat16):
+        lenses[precision] = start("full")
+        for p in lenses[precision].parameters.values():
+            p.grad = torch.zeros_like(p)
+        gradient(lenses[precision], some(), "kl", 1 / len(some()), precision)
+    a, b = (lens.parameters["W"].grad for lens in lenses.values())
+    assert b.dtype == torch.float64 and 1e-5 < float((a - b).norm() / a.norm()) < 0.02
+
+
+# --------------------------------------------------------------------------------------------------------- closed form
+
+
+def test_newtons_step_is_that_of_autograds_gradient_and_hessian():
+    """On one head and a handful of tokens, with the Hessian of all V·d + V parameters in full."""
+    torch.manual_seed(0)
+    V, d, n = 7, 3, 50
+    z, p = torch.randn(n, d, dtype=torch.float64) + 2, torch.randn(n, V, dtype=torch.float64).mul(2).softmax(-1)
+    pi, centred = p.mean(0), z - z.mean(0)
+
+    def loss(theta):
+        W, b = theta[: V * d].view(V, d), theta[V * d :]
+        return -(p * (centred @ W.T + b).log_softmax(-1)).sum(-1).mean()
+
+    at = torch.cat([torch.zeros(V * d, dtype=torch.float64), pi.log()])
+    g, H = torch.autograd.functional.jacobian(loss, at), torch.autograd.functional.hessian(loss, at)
+    S, C = centred.T @ centred / n, (p - pi).T @ centred / n
+    close(g[: V * d], -C.flatten())
+    close(H[: V * d, : V * d], torch.kron(torch.diag(pi) - torch.outer(pi, pi), S))
+    assert g[V * d :].norm() < 1e-15 and H[: V * d, V * d :].norm() < 1e-15
+    step = -torch.linalg.pinv(H, hermitian=True, rcond=1e-10) @ g
+    newton = C @ torch.linalg.inv(S) / pi[:, None]
+    a, b = (W - W.mean(0) for W in (step[: V * d].view(V, d), newton))  # a number more for all tokens changes nothing
+    close(a, b)
+
+
+def test_the_start_is_newtons_step_from_the_moments():
+    m, seen = moments(), some()
+    h = 13
+    z, p = seen.z[h] - seen.z[h].mean(0), seen.p
+    close(m.mu[h], seen.z[h].mean(0))
+    close(m.S[h], z.T @ z / len(seen), 1e-10)
+    W = (p - p.mean(0)).T @ z / len(seen) @ torch.linalg.inv(m.S[h]) / p.mean(0)[:, None]
+    full = start("full").folded(tiny())
+    close(full.parameters["W"][h], W, 1e-8)
+    close(full.parameters["b"][h], p.mean(0).log())
+
+
+def test_logit_regression_starts_at_its_solution():
+    lenses = start("full", of_logits=True)
+    for p in lenses.parameters.values():
+        p.grad = torch.zeros_like(p)
+    gradient(lenses, some(), "logits", 1 / len(some()))
+    scale = Full.unigram(moments(True))
+    assert lenses.parameters["W"].grad.abs().max() < 1e-12 and lenses.parameters["b"].grad.abs().max() < 1e-12
+    assert (losses(lenses, some(), "logits").mean(1) < losses(scale, some(), "logits").mean(1)).all()
+
+
+@pytest.mark.parametrize(("family", "rank"), [("low rank", 16), ("low rank", 3), ("translator", 3),
+                                              ("shared by layer", 3)])
+def test_other_families_start_from_the_same_step_as_near_as_they_come(family, rank):
+    """In the Hessian's norm: the gradient of ½‖full's step − theirs‖² by their own parameters is zero."""
+    m, full, theirs = moments(), start("full").parameters["W"], start(family, rank=rank)
+    for p in theirs.parameters.values():
+        p.requires_grad_()
+    W = theirs.weight(slice(0, 32), slice(0, 953))[..., :16] * (m.scale if family == "translator" else 1)
+    if rank == 16:
+        close(W, full, 1e-6)
+    gap = W - full
+    gap = gap - torch.einsum("v,avk->ak", m.weights, gap)[:, None] * (family == "translator")
+    distance = (m.weights[:, None] * gap.square()).sum()
+    slopes = torch.autograd.grad(distance, theirs.parameters[theirs.linear], retain_graph=True)[0]
+    bar = torch.autograd.grad((m.weights[:, None] * W.square()).sum(), theirs.parameters[theirs.linear])[0]
+    assert slopes.norm() < 1e-6 * bar.norm()
+
+
+def test_damping_takes_the_best_of_its_grid_for_each_lens():
+    lenses, other, grid = start("full"), start("full"), (0.003, 0.03, 0.1)
+    seen = tiny().capture({"input_ids": world.Text(6).rows(1)})
+    table = []
+    for alpha in grid:
+        scaled = Full({**other.parameters, "W": other.parameters["W"] * alpha}, other.mu, other.white)
+        table.append(losses(scaled, seen).mean(1))
+    best = torch.stack(table)
+    assert torch.equal(damped(lenses, seen, grid=grid), torch.tensor(grid, dtype=torch.float64)[best.argmin(0)])
+    close(losses(lenses, seen).mean(1), best.amin(0))
+    assert len({*best.argmin(0).tolist()}) > 1
+
+
+# --------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "falcon", "llama", "gemma3", "mixtral", "bert", "albert",
+                                  "deberta-v2", "modernbert", "vit", "longformer"])  # fmt: skip
+def test_what_heads_write_is_what_their_layer_writes(name):
+    """Σ_h z_h W_O,h is the output projection's answer, less its bias, in models of many makes."""
+    model, inputs = MODELS[name]()
+    heads, wrote = Heads(model, inputs, dtype=torch.float64), []
+    for path in dict.fromkeys(heads.paths):
+        module = model.get_submodule(path)
+        bias = 0 if getattr(module, "bias", None) is None else module.bias.detach()
+        module.register_forward_hook(lambda module, args, out, bias=bias: wrote.append(out.detach() - bias))
+    seen = heads.capture(inputs)
+    mask = inputs.get("attention_mask", torch.ones(2, seen.z.shape[1] // 2)).bool()
+    for layer in range(len(heads.paths)):
+        mine = [a for a, (k, _) in enumerate(heads.names) if k == layer]
+        ours = torch.einsum("and,adm->nm", seen.z[mine], heads.W_O[mine])
+        theirs = wrote[layer].reshape(*mask.shape, -1)[mask]
+        close(ours, theirs, 1e-6 if name in ("llama", "gemma3", "mixtral") else 1e-12)
+    assert heads.names == [(k, h) for k in range(2) for h in range(4)]
+
+
+def test_positions_are_the_models_own_and_padding_is_left_out():
+    heads = tiny()
+    texts = ["the capital of france is", "a duck is a"]
+    batch, alone = heads.capture(heads.inputs(texts), scale=True), heads.capture(heads.inputs(texts[1]), scale=True)
+    assert len(batch) == 11 and batch.text.tolist() == [0] * 6 + [1] * 5
+    close(batch[6:].z, alone.z, 1e-10)
+    close(batch[6:].log_p, alone.log_p, 1e-10)
+    close(batch[6:].scale, alone.scale, 1e-8)
+    assert batch.following[:6].tolist() == [*heads.inputs(texts[0])["input_ids"][0, 1:].tolist(), -1]
+    assert batch.at("last").position.tolist() == [5, 4] and batch.at(0).text.tolist() == [0, 1]
+
+
+def test_the_readout_gives_the_models_logits_and_is_refused_where_there_is_none():
+    heads, seen = tiny(), some()
+    run = heads._run({"input_ids": world.Text(5).rows(1)})
+    ours = heads.readout.scale(run.stream[0], run.logits[0])[:, None] * (run.stream[0] @ heads.readout.M.T)
+    close(ours + heads.readout.beta, run.logits[0], 1e-10)
+    assert seen.scale.std() > 0.01
+    for name, ends in (("bert", "pooler"), ("vit", "class")):
+        with pytest.raises(ValueError, match="take a family that needs none"):
+            print(ends, Heads(*MODELS[name]()).readout)
+    model, inputs = MODELS["gemma2"]()  # whose logits are capped
+    with pytest.raises(ValueError, match="ends otherwise"):
+        print(Heads(model, inputs, dtype=torch.float64).readout)
+
+
+def test_a_head_replaced_changes_the_model_as_taking_its_write_away_does():
+    heads = tiny()
+    inputs, model = heads.inputs("the capital of france is"), heads.model
+    edited = heads.capture(inputs, edit=replaced(3, 5, 0.0))
+    full = heads.capture(inputs)
+    write, module = full.z[29] @ heads.W_O[29], model.get_submodule(heads.paths[3])
+    handle = module.register_forward_hook(lambda module, args, out: out - write.view(out.shape))
+    close(edited.log_p, heads.capture(inputs).log_p, 1e-10)
+    handle.remove()
+    assert not edited.z[29].any() and torch.equal(edited.z[28], full.z[28])
+    assert (heads.capture(inputs).log_p - edited.log_p).abs().max() > 1e-4
+    assert torch.equal(heads.capture(inputs).log_p, full.log_p)  # nothing stays behind
+
+
+def test_heads_say_what_they_miss():
+    with pytest.raises(ValueError, match="tokenizer or image processor"):
+        Heads(*MODELS["gpt2"]()).inputs("a text")
+    with pytest.raises(ValueError, match="an attention with a softmax"):
+        Heads(*MODELS["rwkv"]())
+
+
+# ------------------------------------------------------------------------------------------------- reading and keeping
+
+
+@functools.cache
+def lens():
+    batches = [{"input_ids": world.Text(k).rows(2)} for k in range(6)]
+    return train(tiny("float32"), batches, steps=0, warm=5, progress=False)
+
+
+def test_a_lens_reads_a_text():
+    read = lens().top_tokens("the capital of france is", 3, 2, k=4)
+    seen = lens().capture("the capital of france is")
+    q = lens().log_probs(seen)[3 * 8 + 2, -1].exp()
+    assert [word for word, _ in read] == lens().words(q.topk(4).indices)
+    assert [p for _, p in read] == pytest.approx(q.topk(4).values.tolist())
+    table = lens().table("the capital of france is", 3)
+    assert len(table) == 8 and len(table[2]) == 6 and table[2][-1] == read[0][0]
+    grid = lens().grid("the capital of france is", k=2)
+    assert [len(row) for row in grid] == [8] * 4 and grid[3][2] == read[:2]
+    with pytest.raises(ValueError, match=r"\(3, 7\)"):
+        lens().top_tokens("the", 4, 0)
+
+
+def test_what_a_head_says_is_the_difference_to_its_mean():
+    for found in (lens(), unembedding(tiny("float32"), moments32())):
+        seen = some("float32")[:9]
+        mean = found.family.mu[:, None].expand(-1, 9, -1).clone()
+        at_mean = type(seen)(mean, seen.log_p, seen.following, seen.text, seen.position, seen.scale)
+        gap = found.log_probs(seen) - found.log_probs(at_mean)
+        close(found.said(seen) - found.said(seen).mean(-1, keepdim=True), gap - gap.mean(-1, keepdim=True), 1e-4)
+
+
+@functools.cache
+def moments32():
+    return Moments().add(some("float32")).close()
+
+
+def test_the_unembedding_as_a_lens_is_direct_logit_attribution():
+    """Over all heads and what else is written, the attributions add up to the logits; here, of one head, in numbers."""
+    heads, seen = tiny(), some()[:5]
+    found = unembedding(heads, moments())
+    x = found.log_probs(seen)[20]
+    a, norm = seen.z[20] @ heads.W_O[20], heads.model.transformer.ln_f
+    run = heads._run({"input_ids": world.Text(5).rows(1)})
+    stream = run.stream[0, :5]
+    sigma = (stream.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    written = ((a - a.mean(-1, keepdim=True)) / sigma * norm.weight + norm.bias) @ heads.model.lm_head.weight.T
+    close(x, written.log_softmax(-1).detach(), 1e-8)
+
+
+def test_the_scaled_unembedding_is_at_least_as_good_as_its_bias():
+    heads, seen = tiny("float32"), some("float32")
+    scaled, flat = unembedding(heads, moments32(), seen), bias_only(heads, moments32())
+    assert (scaled.kl(seen).mean(1) < flat.kl(seen).mean(1) + 1e-3).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_gives_the_lens_back_and_holds_no_model(tmp_path, family):
+    batches = [{"input_ids": world.Text(k).rows(2)} for k in range(3)]
+    made = train(tiny("float32"), batches, family=family, steps=1, warm=2, progress=False)
+    made.save(tmp_path / "lens.safetensors")
+    back = load_lens(tmp_path / "lens.safetensors", tiny("float32"))
+    seen = some("float32")
+    assert torch.equal(back.kl(seen), made.kl(seen)) and back.about == made.about
+    with safe_open(tmp_path / "lens.safetensors", "pt") as file:
+        about, names = json.loads(file.metadata()["lens"]), {*file.keys()}
+    assert names == {"mu", *(f"parameters.{name}" for name in made.family.parameters)}
+    assert about["model"] == "tiny-gpt" and about["family"] == family and about["tokens"] == 256
+
+
+def test_a_lens_is_refused_by_a_model_that_it_does_not_fit(tmp_path):
+    file = tmp_path / "lens.safetensors"
+    lens().save(file)
+    planted, tokenizer = load_model("tiny-gpt-planted")
+    example = tokenizer(["a"], return_tensors="pt")
+    other = Heads(planted, example, tokenizer)
+    with pytest.raises(ValueError, match="transfer=True reads it all the same"):
+        load_lens(file, other)
+    assert load_lens(file, other, transfer=True).top_tokens("the capital of france is", 0, 0)
+    half = Heads(load_model("tiny-gpt", dtype="bfloat16")[0], example, tokenizer)  # the same in another precision
+    assert load_lens(file, half).heads is half
+    small, _ = load_model("tiny-attn")
+    with pytest.raises(ValueError, match="heads was .*sizes|heads was"):
+        load_lens(file, Heads(small, {"input_ids": torch.tensor([[1, 5]])}), transfer=True)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="Lens.save wrote"):
+        load_lens(tmp_path / "other.safetensors", tiny("float32"))
+
+
+@pytest.mark.parametrize(("name", "data", "column"), [("tiny-bert", "reviews", "text"),
+                                                      ("tiny-vit", "digits", "image")])
+def test_lenses_into_class_labels(name, data, column):
+    from tensorlens_utils.lens_data import Examples
+
+    model, processor = load_model(name)
+    batches = [*Examples(load_data(data, "train").select(range(160)), processor, 32, column)]
+    heads = Heads(model, batches[0], processor)
+    found = train(heads, batches, positions=0, steps=10, warm=4, progress=False)
+    example = load_data(data)[0][column]
+    word, p = found.top_tokens(example, 3, 1, position=0, k=1)[0]
+    assert word in model.config.id2label.values() and 1 / len(model.config.id2label) < p <= 1
+    assert isinstance(found, Lens) and found.about["positions"] == 0 and found.about["tokens"] <= 10 * 32
