@@ -39,8 +39,8 @@ def data(name, n=9):
 
 def run(name, methods, dataset=None, **options):
     model, processor = loaded(name)
-    options.setdefault("removers", ["zero" if name == "tiny-vit" else "unk"])
-    return evaluate(model, processor, dataset or data(name), methods, column=DATA[name][1], progress=False, **options)
+    options = {"removers": ["zero" if name == "tiny-vit" else "unk"], "column": DATA[name][1]} | options
+    return evaluate(model, processor, dataset or data(name), methods, progress=False, **options)
 
 
 def gradient_times_input(model, inputs, target, position=-1):
