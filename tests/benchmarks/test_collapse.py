@@ -9,10 +9,11 @@ import statistics
 import pytest
 import torch
 
-from tensorlens_utils import linearize, load_data, load_model
-from tensorlens_utils.collapse import METHODS, class_map
+from tensorlens_utils import baselines, collapse, linearize, load_data, load_model
+from tensorlens_utils.collapse import class_map
 from tensorlens_utils.costs import seconds
 
+METHODS = collapse.METHODS | baselines.METHODS
 STEPS = 32  # of Integrated Gradients
 
 
