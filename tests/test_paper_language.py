@@ -207,7 +207,7 @@ def test_the_notebook_runs_through_with_the_papers_models_and_data(hub, imdb, wi
         "language_models": [str(hub / name) for name in LANGUAGE_MODELS], "language_data": str(wikitext),
         "rationales": str(tmp_path / "rationales.json"), "n_texts": 16, "every": 2, "max_length": 24, "n_prompts": 4,
         "prompt_length": 8, "facts_per_relation": 1, "n_repeats": 3, "n_drivers": 2, "n_simulated": 30, "n_sanity": 4,
-        "n_resamples": 100, "batch_size": 8, "device": "cpu"}  # fmt: skip
+        "n_draws": 2, "n_resamples": 100, "batch_size": 8, "device": "cpu"}  # fmt: skip
     assert paper.keys() == sizes["tiny"].keys() and paper["language_subset"] == "wikitext-103-raw-v1"
     assert all("/" in name for key in ("classifiers", "language_models") for name in sizes["paper"][key])
     (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
