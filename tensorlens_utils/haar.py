@@ -92,13 +92,12 @@ class Haar:
         return self._each(c, inverse=True)
 
     def _each(self, x: Tensor, inverse: bool = False) -> Tensor:
-        if x.dim() < len(self.axes) or any(
-            n not in (None, m) for n, m in zip(self.shape, x.shape[-len(self.axes) :], strict=True)
-        ):
+        last = tuple(x.shape[-len(self.axes) :])
+        if len(last) < len(self.axes) or any(n not in (None, m) for n, m in zip(self.shape, last, strict=True)):
             raise ValueError(f"the last axes must be {self.shape}, the leaves of the trees, and the tensor is "
                              f"{tuple(x.shape)}; move them last, or give None for an axis without a tree")  # fmt: skip
         if not (x.is_floating_point() or x.is_complex()):
-            raise TypeError(f"coefficients are real numbers, and the tensor is {x.dtype}; call .double() on it")
+            raise TypeError(f"coefficients are no whole numbers, and the tensor is {x.dtype}; call .double() on it")
         for dim, axis in enumerate(self.axes, -len(self.axes)):
             if axis:
                 x = axis.apply(x, dim, inverse)
@@ -112,20 +111,17 @@ class Haar:
 
         An axis without a tree counts 1 and is an axis of length 1 here.
         """
-        return self._product([axis.support if axis else torch.ones(1, dtype=torch.int64) for axis in self.axes])
+        return _outer([axis.support if axis else torch.ones(1, dtype=torch.int64) for axis in self.axes])
 
     @functools.cached_property
     def wavelets(self) -> Tensor:
         """Which coefficients are of wavelets on every axis that has a tree, none of them constant: a bool tensor."""
-        return self._product([axis.level >= 0 if axis else torch.ones(1, dtype=torch.bool) for axis in self.axes])
+        return _outer([axis.level >= 0 if axis else torch.ones(1, dtype=torch.bool) for axis in self.axes])
 
     @functools.cached_property
     def levels(self) -> tuple[Tensor, ...]:
         """For each axis, the level of the folder that each of its vectors divides, (n,); −1 for the constant."""
         return tuple(axis.level if axis else torch.tensor([-1]) for axis in self.axes)
-
-    def _product(self, factors: list[Tensor]) -> Tensor:
-        return functools.reduce(lambda a, b: a[..., None] * b, factors)
 
     def where(self, *index: int) -> tuple[Wavelet, ...]:
         """What the coefficient at an index stands for: on each axis the wavelet, or the constant.
@@ -150,12 +146,11 @@ class Haar:
     # -- what is kept
 
     def coarse(self, c: Tensor, share: float) -> Tensor:
-        """The coefficients whose vectors cover at least this share of the entries; the others 0.
+        """The coefficients whose vectors cover at least this share of the leaves' products; the others 0.
 
         The thesis behind the questionnaire denoises so, with shares of 0.005 and 0.01.
         """
-        sizes = [n or m for n, m in zip(self.shape, c.shape[-len(self.shape) :], strict=True)]
-        return c * (self.support >= share * math.prod(sizes)).to(c)
+        return c * (self.support >= share * math.prod(n or 1 for n in self.shape)).to(c)
 
     def __repr__(self):
         return f"Haar({', '.join(map(repr, self.trees))})"
@@ -311,6 +306,10 @@ def _starts(labels: np.ndarray) -> np.ndarray:
 def _ends(labels: np.ndarray) -> np.ndarray:
     """For each place, where the run of equal labels that it lies in ends."""
     return len(labels) - _starts(labels[::-1])[::-1]
+
+
+def _outer(factors: list[Tensor]) -> Tensor:
+    return functools.reduce(lambda a, b: a[..., None] * b, factors)
 
 
 def _product(matrix: Tensor, x: Tensor, dim: int) -> Tensor:

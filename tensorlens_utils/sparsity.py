@@ -96,8 +96,10 @@ def besov(c: Tensor, haar: Haar, alpha: float, p: float = math.inf, q: float = m
     |c_IJ| ≤ C |I×J|^(α + ½).
     """
     share, c = _wavelets(c, haar)
-    levels = torch.stack(torch.meshgrid(*haar.levels, indexing="ij"))[:, haar.wavelets]
-    scale = levels.unique(dim=1, return_inverse=True)[1].to(c.device)
+    scale = torch.zeros((), dtype=torch.int64)  # the levels as one number, of which some stand for no scale at all
+    for levels in haar.levels:
+        scale = scale[..., None] * (levels.max() + 1) + levels
+    scale = scale[haar.wavelets].to(c.device)
     terms = share ** -(alpha + 0.5 - 1 / p) * c.abs()
     scales = terms.new_zeros(*terms.shape[:-1], int(scale.max()) + 1)
     if p == math.inf:

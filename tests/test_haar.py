@@ -115,6 +115,11 @@ def test_float32_is_float32_exact():
     assert (c - haar.analysis(x)).norm() < 3e-7 * c.norm()
 
 
+def test_complex_numbers_are_two_real_ones():
+    haar, x, y = Haar(Tree.random(100, 0)), noise(3, 100), noise(3, 100, seed=1)
+    assert (haar.analysis(torch.complex(x, y)) - torch.complex(haar.analysis(x), haar.analysis(y))).abs().max() < 1e-12
+
+
 def test_which_coefficient_is_which():
     haar, names = Haar(NESTED, Tree.dyadic(4)), sorted(vectors(NESTED).items())
     i = 0
@@ -154,6 +159,8 @@ def test_kept_are_the_largest_and_the_error_is_what_is_left():
     assert soft(torch.tensor([-3.0, 0.5, 2.0]), 1).tolist() == [-2, 0, 1]
     fine = haar.coarse(c, 0.1)
     assert torch.equal(fine != 0, (haar.support >= 18).expand_as(c))
+    some = Haar(None, Tree.random(9, 2))  # an axis without a tree counts nothing
+    assert torch.equal(some.coarse(c, 0.5) != 0, (some.support >= 4.5).expand_as(c))
 
 
 @pytest.mark.parametrize("call, error, words", [
