@@ -10,10 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from html import escape
-from textwrap import shorten
 from typing import Any, NamedTuple
 
-import ipywidgets as widgets
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -25,7 +23,7 @@ from .attentions import logits
 from .batches import Batch, answers
 from .explaining import coloured, entries, named, shown
 from .linearize import untouched
-from .menus import Explorer, svg
+from .menus import Explorer, by_name, svg, typed, typed_or_chosen
 from .models import n_blocks
 from .perturbation import FRACTIONS, area, removals, watched
 from .plotting import PAGE_WIDTH, PALETTE, cells, diverging, signed
@@ -65,24 +63,15 @@ def explore(model: nn.Module, processor: Any, examples: Sequence | Mapping[str, 
     >>> "no exact split" in board.view.value
     True
     """
-    if isinstance(examples, str) or not len(examples):
-        raise ValueError(f"examples are texts or images, one or more, in a list or by name; not {examples!r:.40}")
-    if hasattr(examples, "column_names"):
-        examples = examples[kind_of(model)]
-    if not isinstance(examples, Mapping):
-        examples = {f"{i}: {shorten(e, 50, placeholder=' …')}" if isinstance(e, str) else f"image {i}": e
-                    for i, e in enumerate(examples)}  # fmt: skip
+    examples = by_name(examples[kind_of(model)] if hasattr(examples, "column_names") else examples)
     methods = dict(collapse.METHODS | baselines.METHODS if methods is None else methods)
     if not methods:
         raise ValueError("methods must hold one at least, by name; None stands for those of collapse and of baselines")
     maps = _Maps(model, processor, examples, methods, targets, top)
-    typed = widgets.Text(description="text", placeholder="or type your own, and Enter", continuous_update=False,
-                         style={"description_width": "initial"})  # fmt: skip
-    menus = {"example": [*examples]} | ({"text": typed} if maps.kind == "text" else {})
+    menus = {"example": [*examples]} | ({"text": typed()} if maps.kind == "text" else {})
     menus |= {"target": maps.targets, "method": [*methods], "layer": maps.layers, "remover": maps.removers}
-    board = Explorer(menus, maps.html, maps.figure, "choose the example, target, method, layer and remover of a map")
-    board.controls["example"].observe(lambda change: typed.set_trait("value", ""), "value")
-    return board
+    what = "choose the example, target, method, layer and remover of a map"
+    return typed_or_chosen(Explorer(menus, maps.html, maps.figure, what))
 
 
 class _Case(NamedTuple):

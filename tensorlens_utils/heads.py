@@ -176,7 +176,7 @@ class Heads:
             raise ValueError("texts and images are read by a tokenizer or image processor, and these heads have none: "
                              "Heads(model, inputs, processor)")  # fmt: skip
         one = [examples] if isinstance(examples, str) or not isinstance(examples, Sequence) else [*examples]
-        text = {"padding": True, "truncation": True} if isinstance(one[0], str) else {}
+        text = {"padding": len(one) > 1, "truncation": True} if isinstance(one[0], str) else {}
         return dict(self.processor(one, return_tensors="pt", **text).to(self.W_O.device).items())
 
     def capture(self, inputs, *, scale: bool = False, edit: Edit | None = None) -> Captured:

@@ -156,6 +156,10 @@ class Family:
         """(A', Vc, k)."""
         return self.parameters["W"][heads, chunk]
 
+    def raised(self, f: Tensor, heads: slice, chunk: slice) -> Tensor:
+        """weight·f, (A', n, Vc)."""
+        return f @ self.weight(heads, chunk).mT
+
     def bias(self, heads: slice, chunk: slice) -> Tensor:
         """(A' or 1, 1, Vc)."""
         return self.parameters["b"][self.unit[heads], None, chunk]
@@ -163,9 +167,8 @@ class Family:
     def pull(self, heads: slice, chunk: slice, slope: Tensor, f: Tensor, share: float) -> None:
         """Add share·∂/∂parameters to the gradients: slope (A', Vc, n) is ∂ loss/∂logits of a chunk of the vocabulary,
         and f (A', n, k) the features times share already."""
-        ones = slope.new_full((slope.shape[0], slope.shape[2], 1), share)
         g = self.parameters["b"].grad
-        g[:, chunk].index_add_(0, self.unit[heads], (slope @ ones)[..., 0].to(g))
+        g[:, chunk].index_add_(0, self.unit[heads], slope.sum(-1, dtype=g.dtype), alpha=share)
 
     def folded(self, heads: Heads) -> Family:
         """The same lenses, with parameters for z − μ itself."""
@@ -249,8 +252,16 @@ class Translator(Family):
         f = super().features(z, scale, heads)
         return torch.cat([f, torch.ones_like(f[..., :1])], -1) * scale[:, None]
 
+    def _into_stream(self, heads):
+        return torch.cat([self.parameters["T"][heads], self.parameters["c"][heads, :, None]], -1)
+
     def weight(self, heads, chunk):
-        return self.M[chunk] @ torch.cat([self.parameters["T"][heads], self.parameters["c"][heads, :, None]], -1)
+        return self.M[chunk] @ self._into_stream(heads)
+
+    def raised(self, f, heads, chunk):
+        if f.shape[-2] < f.shape[-1]:  # by way of the stream, which is the less work the fewer positions there are
+            return f @ self._into_stream(heads).mT @ self.M[chunk].mT
+        return super().raised(f, heads, chunk)
 
     def bias(self, heads, chunk):
         return self.beta[None, None, chunk]

@@ -56,7 +56,7 @@ class Lens:
         which, V = slice(*which.indices(len(self.heads.names))), slice(0, seen.log_p.shape[1])
         mean = self.family.mu[which, None].expand(-1, len(seen), -1)
         f = self.family.features(seen.z[which], seen.scale, which) - self.family.features(mean, seen.scale, which)
-        return f @ self.family.weight(which, V).mT
+        return self.family.raised(f, which, V)
 
     def kl(self, seen: Captured) -> Tensor:
         """KL(model ‖ lens) of every head at every position, (A, n), in nats."""

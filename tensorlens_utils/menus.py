@@ -4,7 +4,7 @@ The menus set the value of one HTML widget. Nothing here is an Output widget or 
 a notebook is run unattended; beside the live view a notebook gets a PNG and one fixed line of text. So JupyterLab shows
 the menus; GitHub, nbconvert and a notebook that was not run yet show the picture that they began with.
 
-`exploring.py` has the explorer of attributions.
+`exploring.py` has the explorer of attributions, `lens_exploring.py` that of heads.
 """
 
 import base64
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from textwrap import shorten
 from typing import Any
 
 import ipywidgets as widgets
@@ -116,6 +117,35 @@ class Explorer(widgets.VBox):
             self._still(**self._shown).savefig(file, format="png", dpi=100, metadata={"Software": None})
         return {**data, "image/png": base64.b64encode(file.getvalue()).decode(),
                 "text/plain": f"[interactive: {self._what}; run this notebook to use the menus]"}  # fmt: skip
+
+
+def by_name(examples: Sequence | Mapping[str, Any]) -> dict[str, Any]:
+    """Texts or images with a name each, for a menu: those of a dict, or of a list by their number and first words.
+
+    Raises ValueError where there is none.
+
+    >>> [*by_name(["a dull film", "a moving one"])]
+    ['0: a dull film', '1: a moving one']
+    """
+    if isinstance(examples, str) or not len(examples):
+        raise ValueError(f"examples are texts or images, one or more, in a list or by name; not {examples!r:.40}")
+    if isinstance(examples, Mapping):
+        return dict(examples)
+    return {f"{i}: {shorten(e, 50, placeholder=' …')}" if isinstance(e, str) else f"image {i}": e
+            for i, e in enumerate(examples)}  # fmt: skip
+
+
+def typed() -> widgets.Text:
+    """A field for a text of one's own, beside a menu of examples; see `typed_or_chosen`."""
+    return widgets.Text(description="text", placeholder="or type your own, and Enter", continuous_update=False,
+                        style={"description_width": "initial"})  # fmt: skip
+
+
+def typed_or_chosen(board: Explorer) -> Explorer:
+    """Empties the field "text", where there is one, when another "example" is chosen."""
+    if "text" in board.controls:
+        board.controls["example"].observe(lambda change: board.controls["text"].set_trait("value", ""), "value")
+    return board
 
 
 @contextmanager

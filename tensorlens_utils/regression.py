@@ -11,11 +11,15 @@ q = softmax(l). With p the model's own distribution there, y the next token, and
 
 and ∂/∂W = Σ_t (∂ loss_t/∂l) f_tᵀ. The forward KL is that of Attention Lens (2310.16270), which leaves open what else
 might serve. The logits of all heads at all positions, A·n·V numbers, never exist: `gradient` goes through heads and
-positions in blocks, and where even a block of few positions has too many logits (`PIECES`), through the vocabulary in
-chunks: once for what the derivative needs to know of the whole row (log Σ_v e^l_v, or a mean), which is put together
-from the chunks' own; and once, the logits made anew, for the derivative itself.
+positions in blocks, and through a block's vocabulary in chunks, twice: once for what the derivative needs to know of
+the whole column (Σ_v e^l_v, or a mean), which is put together from the chunks' own; and once for the derivative itself,
+in the logits' place. Only where a block of few positions has too many logits to be kept (`PIECES`) are they made anew.
+
+A block's logits stand as (A', V, n'): the vocabulary before the positions, so that W f and (∂ loss/∂l) fᵀ are products
+of tall matrices laid out as they are multiplied, and a chunk of the vocabulary is one piece of memory.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -24,134 +28,154 @@ from torch import Tensor
 
 from .heads import Captured
 
-# logits of a block, such as a CPU's inner cache holds, and the most that there may be at once, as its last cache holds
-PIECES = {"cpu": (2**18, 2**22), "cuda": (2**27, 2**28)}
-ROWS = 32  # positions that a block has at least: with fewer, products no longer run at a machine's rate
+# logits of a chunk, such as a CPU's inner cache holds, and the most that are kept at once
+PIECES = {"cpu": (2**18, 2**24), "cuda": (2**27, 2**28)}
+ROWS = 128  # positions that a block has at least: with fewer, products no longer run at a machine's rate
 
 DAMPING = (0.01, 0.02, 0.04, 0.07, 0.1, 0.14, 0.2, 0.28, 0.4, 0.56, 0.8, 1.0)
 
 
-class Target(NamedTuple):
-    """What is to be predicted at n positions, of a chunk of the vocabulary: (n, Vc), (n, Vc), (n,) counted from it."""
-
-    p: Tensor
-    log_p: Tensor
-    following: Tensor
-
-
 class Objective(NamedTuple):
-    """A loss by its derivative: `row` folds one chunk of logits (A, n, Vc) into what the derivative needs to know of
-    whole rows, `slope` gives ∂ loss/∂l of a chunk, in the logits' place; `loss` is the whole, (A, n), for measuring."""
+    """A loss of logits, and its derivative a chunk (A', Vc, n') of the vocabulary at a time.
 
-    loss: Callable[[Tensor, Target], Tensor]
-    row: Callable[[Tensor, Target, tuple | None], tuple]
-    slope: Callable[[Tensor, Target, tuple], Tensor]
+    loss    the loss of logits (A', n', V) at all positions of `seen`, (A', n'), for measuring
+    model   what the derivative compares with, (V, n)
+    part    what it needs to know of a chunk, from the logits and that of `model`; it may leave other numbers in the
+            logits' place
+    whole   of the parts of all chunks: what it needs to know in each
+    slope   ∂ loss/∂l from what `part` left, in its place
+    """
 
-
-def _log_sum(x: Tensor) -> Tensor:
-    top = x.amax(-1, keepdim=True)
-    return (x - top).exp_().sum(-1, keepdim=True).log_().add_(top)
-
-
-def _normaliser(x, target, old):
-    lse = _log_sum(x)
-    return (lse if old is None else torch.logaddexp(old[0], lse),)
-
-
-def _q(x: Tensor, row) -> Tensor:
-    """The probabilities, in the logits' place; torch's own softmax where the chunk is the whole row."""
-    return torch.softmax(x, -1, out=x) if row is None else x.sub_(row[0]).exp_()
+    loss: Callable[[Tensor, Captured], Tensor]
+    model: Callable[[Captured], Tensor]
+    part: Callable[[Tensor, Tensor], tuple]
+    whole: Callable[[list[tuple]], list[tuple]]
+    slope: Callable[[Tensor, Tensor, tuple], Tensor]
 
 
-def _kl(x, target):
-    return (target.p * (target.log_p - x.log_softmax(-1))).sum(-1)
+def _exp(x: Tensor, top: Tensor, out: Tensor | None = None) -> Tensor:
+    """e^(x − top), through 2^x, which torch computes several times as fast on a CPU."""
+    log2_e = 1 / math.log(2)
+    return torch.add(top * -log2_e, x, alpha=log2_e, out=out).exp2_()
 
 
-def _kl_slope(x, target, row):
-    return _q(x, row).sub_(target.p)
+# --- kl and next: q less a distribution, whose negative is `model`
 
 
-def _next(x, target):
-    index = target.following.expand(*x.shape[:-1])[..., None]
+def _kl(x, seen):
+    return (seen.p * (seen.log_p - x.log_softmax(-1))).sum(-1)
+
+
+def _next(x, seen):
+    index = seen.following.expand(*x.shape[:-1])[..., None]
     return -x.log_softmax(-1).gather(-1, index)[..., 0]
 
 
-def _next_slope(x, target, row):
-    q, here = _q(x, row), (0 <= target.following) & (target.following < x.shape[-1])
-    at = here.nonzero()[:, 0]
-    q[:, at, target.following[at]] -= 1
-    return q
+def _minus_next(seen):
+    y = seen.following[None]
+    return torch.zeros_like(seen.log_p.mT, memory_format=torch.contiguous_format).scatter_(0, y, -1.0)
 
 
-def _reverse(x, target):
+def _softmax_part(x, model):
+    """The greatest logit, and Σ e^(l − greatest); these e^… are left."""
+    top = x.amax(-2, keepdim=True)
+    return top, _exp(x, top, out=x).sum(-2, keepdim=True)
+
+
+def _softmax_whole(parts):
+    """What makes each chunk's e^… probabilities."""
+    tops, sums = (torch.stack(values) for values in zip(*parts, strict=True))
+    scales = (tops - tops.amax(0)).exp()
+    return [(scale,) for scale in scales / (scales * sums).sum(0)]
+
+
+def _softmax_slope(x, model, whole):
+    return torch.addcmul(model, x, *whole, out=x)
+
+
+# --- reverse
+
+
+def _reverse(x, seen):
     log_q = x.log_softmax(-1)
-    return (log_q.exp() * (log_q - target.log_p)).sum(-1)
+    return (log_q.exp() * (log_q - seen.log_p)).sum(-1)
 
 
-def _reverse_row(x, target, old):
+def _reverse_part(x, model):
+    """The greatest logit, Σ e^(l − greatest), and Σ e^(l − greatest) (l − log p)."""
+    top = x.amax(-2, keepdim=True)
+    e = _exp(x, top)
+    return top, e.sum(-2, keepdim=True), e.mul_(x - model).sum(-2, keepdim=True)
+
+
+def _reverse_whole(parts):
     """log Σ e^l, and the mean of l − log p under q."""
-    lse = _log_sum(x)
-    mean = ((x - lse).exp_() * (x - target.log_p)).sum(-1, keepdim=True)
-    if old is None:
-        return lse, mean
-    both = torch.logaddexp(old[0], lse)
-    return both, (old[0] - both).exp() * old[1] + (lse - both).exp() * mean
+    tops, sums, products = (torch.stack(values) for values in zip(*parts, strict=True))
+    scales = (tops - tops.amax(0)).exp()
+    total = (scales * sums).sum(0)
+    return [(tops.amax(0) + total.log(), (scales * products).sum(0) / total)] * len(parts)
 
 
-def _reverse_slope(x, target, row):
-    lse, mean = row or _reverse_row(x, target, None)
-    return (x - lse).exp_() * x.sub_(target.log_p).sub_(mean)
+def _reverse_slope(x, model, whole):
+    lse, mean = whole
+    return _exp(x, lse).mul_(x.sub_(model).sub_(mean))
 
 
-def _logits(x, target):
-    gap = x - target.log_p
+# --- logits
+
+
+def _logits(x, seen):
+    gap = x - seen.log_p
     return 0.5 * (gap - gap.mean(-1, keepdim=True)).square().mean(-1)
 
 
-def _logits_row(x, target, old):
-    """The sum of l − log p, and over how many."""
-    total = (x - target.log_p).sum(-1, keepdim=True)
-    return (total, x.shape[-1]) if old is None else (old[0] + total, old[1] + x.shape[-1])
+def _logits_part(x, model):
+    """The sum of l − log p, and over how many; these differences are left."""
+    return x.sub_(model).sum(-2, keepdim=True), x.shape[-2]
 
 
-def _logits_slope(x, target, row):
-    total, V = row or _logits_row(x, target, None)
-    return x.sub_(target.log_p).sub_(total / V).div_(V)
+def _logits_whole(parts):
+    sums, counts = zip(*parts, strict=True)
+    return [(sum(sums) / sum(counts), sum(counts))] * len(parts)
+
+
+def _logits_slope(x, model, whole):
+    mean, V = whole
+    return x.sub_(mean).div_(V)
+
+
+def _log_p(seen):
+    return seen.log_p.mT.contiguous()
 
 
 OBJECTIVES = {
-    "kl": Objective(_kl, _normaliser, _kl_slope),
-    "reverse": Objective(_reverse, _reverse_row, _reverse_slope),
-    "next": Objective(_next, _normaliser, _next_slope),
-    "logits": Objective(_logits, _logits_row, _logits_slope),
+    "kl": Objective(_kl, lambda seen: seen.log_p.mT.exp().neg_(), _softmax_part, _softmax_whole, _softmax_slope),
+    "reverse": Objective(_reverse, _log_p, _reverse_part, _reverse_whole, _reverse_slope),
+    "next": Objective(_next, _minus_next, _softmax_part, _softmax_whole, _softmax_slope),
+    "logits": Objective(_logits, _log_p, _logits_part, _logits_whole, _logits_slope),
 }
 
 
 def blocks(A: int, n: int, V: int, piece: int) -> Iterator[tuple[slice, slice]]:
-    """Heads and positions, a block of at most `piece` logits after the other; positions go fastest."""
+    """Heads and positions, a block of at most `piece` logits after the other; heads go fastest."""
     rows = min(n, max(ROWS, piece // V))
     heads = max(1, piece // (rows * V))
-    for a in range(0, A, heads):
-        for t in range(0, n, rows):
+    for t in range(0, n, rows):
+        for a in range(0, A, heads):
             yield slice(a, min(A, a + heads)), slice(t, min(n, t + rows))
-
-
-def _target(seen: Captured, rows: slice, chunk: slice) -> Target:
-    return Target(seen.p[rows, chunk], seen.log_p[rows, chunk], seen.following[rows] - chunk.start)
-
-
-def _product(family, f: Tensor, heads: slice, chunk: slice, out: Tensor | None = None) -> Tensor:
-    """The logits (A', n, Vc), in float32 or wider, whatever precision the features have."""
-    W, b = family.weight(heads, chunk), family.bias(heads, chunk)
-    if f.dtype != W.dtype:
-        x = f @ W.mT.to(f.dtype)
-        return (x.to(W) if out is None else out.view(x.shape).copy_(x)).add_(b)
-    return torch.baddbmm(b, f, W.mT, **({} if out is None else {"out": out.view(*f.shape[:2], -1)}))
 
 
 def _features(family, seen: Captured, heads: slice, rows: slice, precision: torch.dtype | None = None) -> Tensor:
     f = family.features(seen.z[heads, rows], None if seen.scale is None else seen.scale[rows], heads)
     return f if precision is None else f.to(precision)
+
+
+def _into(out: Tensor, family, f: Tensor, heads: slice, chunk: slice) -> Tensor:
+    """The logits (A', Vc, n'), in float32 or wider, whatever precision the features have."""
+    W, b = family.weight(heads, chunk), family.bias(heads, chunk).mT
+    if f.dtype != W.dtype:
+        return out.copy_(W.to(f) @ f.mT).add_(b)
+    return torch.baddbmm(b, W, f.mT, out=out)
 
 
 @torch.no_grad()
@@ -165,32 +189,41 @@ def gradient(family, seen: Captured, objective: str, share: float, precision: to
         objective: one of `OBJECTIVES`.
         share: 1 over the number of positions, for a mean.
         precision: of the products, as torch.bfloat16; None: that of `seen`. Sums and parameters keep theirs.
-        pieces: logits of a block, and the most at once; None: as suits the device.
+        pieces: logits of a chunk, and the most that are kept; None: as suits the device.
     """
     goal, (n, V), A = OBJECTIVES[objective], seen.log_p.shape, len(seen.z)
     piece, most = pieces or PIECES.get(seen.z.device.type, PIECES["cuda"])
     out = seen.z.new_empty(max(min(most, A * n * V), min(n, ROWS)))
     for heads, rows in blocks(A, n, V, piece):
+        if not heads.start:
+            model = goal.model(seen[rows]).contiguous()
         f = _features(family, seen, heads, rows, precision)
-        size = f.shape[0] * f.shape[1]
-        width = max(1, min(V, len(out) // size))
+        A_, n_ = f.shape[:2]
+        kept = A_ * n_ * V <= len(out)
+        width = max(1, min(V, piece // (A_ * n_), len(out) // (A_ * n_)))
         chunks = [slice(c, min(V, c + width)) for c in range(0, V, width)]
 
-        def logits(chunk, f=f, heads=heads, size=size):
-            return _product(family, f, heads, chunk, out[:size * (chunk.stop - chunk.start)])
+        def place(chunk, A_=A_, n_=n_, kept=kept):
+            if kept:
+                return out[:A_ * V * n_].view(A_, V, n_)[:, chunk]
+            return out[:A_ * (chunk.stop - chunk.start) * n_].view(A_, -1, n_)
 
-        row = None
-        for chunk in chunks if len(chunks) > 1 else ():
-            row = goal.row(logits(chunk), _target(seen, rows, chunk), row)
-        for chunk in chunks:
-            slope = goal.slope(logits(chunk), _target(seen, rows, chunk), row)
-            family.pull(heads, chunk, slope.to(f).mT, f * share, share)
+        def part(chunk, f=f, heads=heads, model=model, place=place):
+            return goal.part(_into(place(chunk), family, f, heads, chunk), model[chunk])
+
+        wholes = goal.whole([part(chunk) for chunk in chunks])
+        for chunk, whole in zip(chunks, wholes, strict=True):
+            if not kept:
+                part(chunk)
+            slope = goal.slope(place(chunk), model[chunk], whole)
+            family.pull(heads, chunk, slope.to(f), f * share, share)
 
 
 @torch.no_grad()
 def predict(family, seen: Captured, heads: slice, rows: slice = slice(None)) -> Tensor:
     """The logits (A', n', V) that the lenses of some heads predict."""
-    return _product(family, _features(family, seen, heads, rows), heads, slice(0, seen.log_p.shape[1]))
+    f, every = _features(family, seen, heads, rows), slice(0, seen.log_p.shape[1])
+    return family.raised(f, heads, every).add_(family.bias(heads, every))
 
 
 @torch.no_grad()
@@ -199,8 +232,7 @@ def losses(family, seen: Captured, objective: str = "kl") -> Tensor:
     (n, V), A = seen.log_p.shape, len(seen.z)
     found = seen.z.new_empty(A, n)
     for heads, rows in blocks(A, n, V, PIECES.get(seen.z.device.type, PIECES["cuda"])[0]):
-        target = _target(seen, rows, slice(0, V))
-        found[heads, rows] = OBJECTIVES[objective].loss(predict(family, seen, heads, rows), target)
+        found[heads, rows] = OBJECTIVES[objective].loss(predict(family, seen, heads, rows), seen[rows])
     return found
 
 

@@ -1,4 +1,4 @@
-"""An explorer in a real browser: JupyterLab on this machine, headless Chromium, menus changed, the text's colours read.
+"""Explorers in a real browser: JupyterLab on this machine, headless Chromium, menus changed, the text's colours read.
 
 Skipped where there is no playwright, or no Chromium ($CHROMIUM, or chromium or google-chrome on the path). What the
 browser shows is saved in the folder $SCREENSHOTS, if one is named.
@@ -42,13 +42,26 @@ explore(*load_model("tiny-bert"), [{TEXT!r}], methods)"""
 DIGIT = """from tensorlens_utils import explore, load_data, load_model
 
 explore(*load_model("tiny-vit"), load_data("digits").select(range(3)))"""
+HEADS = """from tensorlens_utils import load_model, world
+from tensorlens_utils.heads import Heads
+from tensorlens_utils.lens_exploring import explore_heads
+from tensorlens_utils.lens_families import Moments
+from tensorlens_utils.lens_training import train
+from tensorlens_utils.lenses import unembedding
+
+model, tokenizer = load_model("tiny-gpt")
+heads = Heads(model, tokenizer(["a"], return_tensors="pt"), tokenizer)
+text = [heads.capture({"input_ids": world.Text(seed).rows(2)}, scale=True) for seed in range(6)]
+moments = Moments.of(text)
+lenses = {"lens": train(heads, text, steps=0, moments=moments), "unembedding": unembedding(heads, moments)}
+explore_heads(lenses, ["the capital of france is"])"""
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The address of a notebook, from a server whose folder, settings and workspaces are temporary."""
     home = tmp_path_factory.mktemp("lab")
-    for name, source in {"review": REVIEW, "digit": DIGIT}.items():
+    for name, source in {"review": REVIEW, "digit": DIGIT, "heads": HEADS}.items():
         (home / f"{name}.ipynb").write_text(text_of(normal(new_notebook(cells=[new_code_cell(source)]))))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -169,6 +182,24 @@ def test_menus_change_the_image(lab, page):
     assert len(patches()) == 16 and patches() != before
     assert "of the class token" in page.locator(".widget-html").last.text_content()
     photograph(page, "digit_layer")
+
+
+def test_menus_change_the_head_and_the_text(lab, page):
+    opened(page, lab[1]("heads"))
+    cells, framed = ".widget-html td[title]", ".widget-html td[style*='2px']"
+    assert page.locator(cells).count() == 32
+    assert page.locator(framed).get_attribute("title").startswith("layer 0, head 0\nlens (KL ")
+    photograph(page, "heads")
+    page.get_by_label("head", exact=True).select_option("layer 2, head 3")
+    page.locator(".widget-html b", has_text="layer 2, head 3, at “is”").wait_for()
+    word, told = page.locator(framed).text_content(), page.locator(framed).get_attribute("title")
+    assert told.startswith("layer 2, head 3\nlens (KL ") and f"): {word} 0." in told and "\nunembedding (KL " in told
+    headings = [text.split(",")[0] for text in page.locator(".widget-html b").all_text_contents()]
+    assert headings == ["layer 2", "lens", "unembedding", "the model itself"]
+    page.get_by_label("text", exact=True).fill("the capital of spain is")
+    page.keyboard.press("Enter")
+    page.locator(".widget-html div", has_text="madrid").last.wait_for()
+    photograph(page, "heads_typed")
 
 
 def test_without_a_run_the_still_is_there(lab, page):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from families import FAMILIES as MODELS
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tensorlens_utils import load_data, load_model, world
+from tensorlens_utils import load_data, load_model, regression, world
 from tensorlens_utils.heads import Heads, replaced
 from tensorlens_utils.lens_families import FAMILIES, Full, Moments
 from tensorlens_utils.lens_training import train
 from tensorlens_utils.lenses import Lens, bias_only, load_lens, unembedding
-from tensorlens_utils.regression import OBJECTIVES, blocks, damped, gradient, losses
+from tensorlens_utils.regression import OBJECTIVES, ROWS, blocks, damped, gradient, losses
 
 EVERY = slice(None)
 
@@ -69,7 +70,8 @@ def close(a, b, bar=1e-12):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gradient_by_hand_is_autograds_whatever_the_pieces(family, objective):
+def test_the_gradient_by_hand_is_autograds_whatever_the_pieces(family, objective, monkeypatch):
+    monkeypatch.setattr(regression, "ROWS", 8)  # of 20 positions
     lenses, seen = start(family, objective == "logits"), some()[::13]
     for p in lenses.parameters.values():
         p.requires_grad_()
@@ -84,7 +86,8 @@ def test_the_gradient_by_hand_is_autograds_whatever_the_pieces(family, objective
     }[objective](*target)
     close(losses(lenses, seen, objective), written_out.detach())
     wanted = torch.autograd.grad(written_out.mean(1).sum(), [*lenses.parameters.values()])
-    for pieces in ((2**30, 2**30), (30_000, 2**30), (1, 5_000)):  # all, a head at a time, the vocabulary in chunks
+    all_at_once, a_head, in_chunks, made_twice = (2**30, 2**30), (30_000, 2**30), (1000, 2**30), (1000, 5_000)
+    for pieces in (all_at_once, a_head, in_chunks, made_twice):
         for p in lenses.parameters.values():
             p.grad.zero_()
         gradient(lenses, seen, objective, 1 / len(seen), pieces=pieces)
@@ -92,13 +95,37 @@ def test_the_gradient_by_hand_is_autograds_whatever_the_pieces(family, objective
             close(p.grad, g)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_of_logits_in_the_hundreds_are_finite_and_right(objective):
+    """In float32, where e^89 is too large; the greatest logits lie in some chunks of the vocabulary only."""
+    found, full = [], start("full").parameters
+    for dtype in (torch.float64, torch.float32):
+        names = ("z", "log_p")
+        seen = replace(some(), **{name: getattr(some(), name).to(dtype) for name in names})[::13]
+        lens = Full({"W": 40 * full["W"].to(dtype), "b": full["b"].to(dtype)}, moments().mu.to(dtype))
+        for p in lens.parameters.values():
+            p.grad = torch.zeros_like(p)
+        x = lens.features(seen.z, None, EVERY) @ lens.parameters["W"].mT
+        assert x.amax() > 300
+        gradient(lens, seen, objective, 1 / len(seen), pieces=(2000, 2**24))
+        found.append(lens.parameters["W"].grad.double())
+    close(found[1], found[0], 1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_position_is_read_as_it_is_among_many(family):
+    lens, seen = Lens(tiny(), start(family).folded(tiny()), {}), some()[::13]
+    close(lens.kl(seen[[7]]), lens.kl(seen)[:, [7]])
+    close(lens.said(seen[[7]]), lens.said(seen)[:, [7]])
+
+
 def test_blocks_cover_all_heads_and_positions_once_and_are_small():
-    for A, n, V, piece in [(5, 70, 11, 200), (3, 7, 1000, 100), (4, 64, 50, 10**9)]:
+    for A, n, V, piece in [(5, 300, 11, 2000), (3, 7, 1000, 100), (4, 64, 50, 10**9)]:
         seen = torch.zeros(A, n)
         for heads, rows in blocks(A, n, V, piece):
             seen[heads, rows] += 1
             size = (heads.stop - heads.start) * (rows.stop - rows.start)
-            assert size * V <= max(piece, min(n, 32) * V)
+            assert size * V <= max(piece, min(n, ROWS) * V)
         assert (seen == 1).all()
 
 
