@@ -36,6 +36,7 @@ True
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -112,8 +113,12 @@ class Decoder:
     def _svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         if not 1 <= rank <= min(self.W.shape):
             raise ValueError(f"a rank is in [1, {min(self.W.shape)}], for W {tuple(self.W.shape)}, not {rank}")
-        U, S, V = torch.linalg.svd(self.W)
+        U, S, V = self._whole_svd
         return U[:, :rank], S[:rank], V[:rank]
+
+    @functools.cached_property
+    def _whole_svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.linalg.svd(self.W)
 
 
 def _by_matrix(s: Tensor, o: Tensor, W: Tensor) -> Decoder:

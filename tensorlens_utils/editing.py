@@ -57,7 +57,8 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
     Each sample that was not learned from, and that the model gets right, gets as target another such sample with
     another object, drawn by the seed. A row is one editor in one trial, with `settings` [layer, 1, rank] (rank 0 where
     none is used), and `causal` for each sample, 1 where the edited model's first choice agrees with the target's object
-    and None where there is no target; `left_out` and `left_out_log` are of edits from each example to each other.
+    and None where there is no target; `left_out` and `left_out_log` are of edits from each example to each other, 0
+    where an editor has one setting only, and so none to choose.
 
     Raises ValueError as `evaluate_relations` does, and for ranks that W has not.
     """
@@ -88,6 +89,7 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
         pairs = [torch.arange(n_examples).roll(shift) for shift in range(1, n_examples)]
         for editor in editors:
             rows: dict[str, list] = {"settings": [], "causal": [], "left_out": [], "left_out_log": []}
+            choices = len(layers) * (len(ranks) if editor in RULES else 1)
             for k in layers:
                 decoder = fit(editor, examples[k]) if editor in (*RULES, "ridge") else None
                 for rank in ranks if editor in RULES else [n_examples - 1] if editor == "ridge" else [0]:
@@ -95,7 +97,7 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
                     hits = [int(check(token, trial.test[j].object)) if j != i else None
                             for i, (token, j) in enumerate(zip(said, to.tolist(), strict=True))]
                     log, own = [], learned.logits.argmax(-1)
-                    for pair in pairs:  # those with one object are left as they are
+                    for pair in pairs if choices > 1 else ():  # those with one object are left as they are
                         other = own[pair] != own
                         made = head(learned.answer(edits(editor, learned, pair, decoder, k, rank), k)).log_softmax(-1)
                         log += [*zip((made.argmax(-1) == own[pair])[other].tolist(),

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .decoders import DECODERS, RULES, Examples, examples_of, fit
+from .decoders import DECODERS, RULES, Decoder, Examples, examples_of, fit
 from .models import n_blocks
 from .perturbation import choose as one_of
 from .relations import Relation
@@ -103,12 +103,12 @@ class Trial:
 
 def _judged(trial: Trial, check: Callable, logits: Tensor) -> dict[str, list]:
     """What the logits (n, words) of the test samples come to, by measure."""
-    top, own = logits.topk(3).indices.cpu(), trial.asked.logits
+    top, own = logits.topk(3).indices.tolist(), trial.asked.logits
     hits = [[check(token, sample.object) for token in row] for row, sample in zip(top, trial.test, strict=True)]
     p = own.log_softmax(-1)
     kl = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
     return {"truth": [int(row[0]) for row in hits], "top3": [int(any(row)) for row in hits],
-            "agreement": (top[:, 0] == own.argmax(-1).cpu()).int().tolist(),
+            "agreement": [int(row[0] == token) for row, token in zip(top, own.argmax(-1).tolist(), strict=True)],
             "kl": [float(f"{x:.4g}") for x in kl.tolist()]}  # fmt: skip
 
 
@@ -117,19 +117,26 @@ def _sweep(trial: Trial, check: Callable, name: str, examples: dict[int, Example
     """A decoder at every layer and β, and then, where these do best on its examples, at every rank."""
     rows, head, asked = [], trial.asked.head, trial.asked
 
+    def fitted(x: Examples) -> list[Decoder]:
+        """By all examples, and by all but each; by all again where there is one."""
+        return [fit(name, x), *(fit(name, x.without(i) if len(x) > 1 else x) for i in range(len(x)))]
+
     def measured(k: int, betas: Sequence[float], rank: int) -> None:
-        whole, x = fit(name, examples[k], rank=rank or None), examples[k]
-        parts = [fit(name, x.without(i), rank=rank or None) for i in range(len(x))] if len(x) > 1 else [whole]
-        for beta in betas:
-            o = [replace(part, beta=beta).decode(s[None]) for part, s in zip(parts, x.s, strict=True)]
-            logits = head(torch.cat([*o, replace(whole, beta=beta).decode(asked.s[k])]))
-            log = logits[: len(x)].log_softmax(-1)
+        whole, *parts = [d.truncated(rank) if rank else d for d in at[k]]
+
+        def guesses(beta: float) -> Tensor:
+            left_out = [replace(d, beta=beta).decode(s[None]) for d, s in zip(parts, examples[k].s, strict=True)]
+            return torch.cat([*left_out, replace(whole, beta=beta).decode(asked.s[k])])
+
+        for beta, logits in zip(betas, head(torch.stack([guesses(beta) for beta in betas])), strict=True):
+            log = logits[: len(parts)].log_softmax(-1)
             rows.append({"setting": Setting(k, float(beta), rank),
                          "left_out": float((log.argmax(-1) == own).double().mean()),
                          "left_out_log": float(log.gather(1, own[:, None]).mean()),
-                         **_judged(trial, check, logits[len(x) :])})  # fmt: skip
+                         **_judged(trial, check, logits[len(parts) :])})  # fmt: skip
 
-    for k in examples:
+    at = {k: fitted(x) for k, x in examples.items()}
+    for k in at:
         measured(k, betas, 0)
     best = max(rows, key=_on_examples)["setting"]
     for rank in ranks:
@@ -290,12 +297,19 @@ def crossed(values: np.ndarray, n: int = 4000, seed: int = 1) -> np.ndarray:
     0.75
     """
     values = np.asarray(values, float)
-    there, random = ~np.isnan(values), np.random.default_rng(seed)
+    there = ~np.isnan(values)
     if not there.any():
         raise ValueError("an interval takes scores, and none is there: the model gets no sample right, say")
-    draws = [random.multinomial(m, np.full(m, 1 / m), size=n) for m in values.shape]  # how often each is drawn
-    total, count = (((draws[0] @ x) * draws[1]).sum(1) for x in (np.where(there, values, 0.0), there.astype(float)))
+    seeds, samples = _times(values.shape, n, seed)
+    total, count = (((seeds @ x) * samples).sum(1) for x in (np.where(there, values, 0.0), there.astype(float)))
     return np.array([overall(values), *np.quantile(total[count > 0] / count[count > 0], [0.025, 0.975])])
+
+
+@functools.lru_cache(16)
+def _times(shape: tuple[int, ...], n: int, seed: int) -> list[np.ndarray]:
+    """How often each of m comes in each of n draws of m, for every m of the shape: (n, m)."""
+    random = np.random.default_rng(seed)
+    return [random.multinomial(m, np.full(m, 1 / m), size=n) for m in shape]
 
 
 def ahead(table: Table, a: str, b: str, measure: str = "faithful", **settings: Any) -> dict[str, np.ndarray]:

@@ -46,20 +46,23 @@ def table(gpt, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------ a table
 
 
-def test_a_row_is_what_decoder_and_model_say(gpt, table):
-    """Each column of one row, computed again sample by sample."""
+@pytest.mark.parametrize("name, rank", [("fruit_colour", 0), ("element_symbol", 1)])
+def test_a_row_is_what_decoder_and_model_say(gpt, table, name, rank):
+    """Each column of one row, computed again sample by sample, with W whole and cut to a rank."""
     (model, tokenizer), (table, _) = gpt, table
-    relation = SOME["fruit_colour"]
+    relation = SOME[name]
     train, test = relation.split(3, seed=1)
     learned = Asked(model, tokenizer, [relation.prompt(x, train) for x in train])
-    examples = examples_of(learned, [2], ["lre"])[2]
     asked = Asked(model, tokenizer, [relation.prompt(x, train) for x in test])
-    row, = table.where(relation="fruit_colour", seed=1, decoder="lre")
-    truth, = table.where(relation="fruit_colour", seed=1, decoder="model")
-    at = row["settings"].index([2, 2.0, 0])
-    decoder = fit("lre", examples, beta=2.0)
+    row, = table.where(relation=name, seed=1, decoder="lre")
+    truth, = table.where(relation=name, seed=1, decoder="model")
+    layer, beta, _ = setting = next(s for s in row["settings"] if s[2] == rank and (rank or s[:2] == [2, 2.0]))
+    at, cut = row["settings"].index(setting), rank or None
+    assert beta > 0  # W counts
+    examples = examples_of(learned, [layer], ["lre"])[layer]
+    decoder = fit("lre", examples, beta=beta, rank=cut)
     for i, sample in enumerate(test):
-        logits = asked.head(decoder.decode(asked.s[2, i : i + 1]))[0]
+        logits = asked.head(decoder.decode(asked.s[layer, i : i + 1]))[0]
         words = [tokenizer.decode(token) for token in logits.topk(3).indices]
         own = asked.logits[i]
         assert relation.samples[row["samples"][i]] == sample
@@ -68,7 +71,7 @@ def test_a_row_is_what_decoder_and_model_say(gpt, table):
         p, q = own.double().softmax(-1), logits.double().softmax(-1)
         assert row["kl"][at][i] == pytest.approx(float((p * (p / q).log()).sum()), rel=2e-3, abs=1e-5)
         assert truth["truth"][0][i] == (tokenizer.decode(own.argmax()) == sample.object)
-    left = [asked.head(fit("lre", examples.without(i), beta=2.0).decode(examples.s[i : i + 1]))[0] for i in range(3)]
+    left = [asked.head(fit("lre", examples.without(i), beta, cut).decode(examples.s[i : i + 1]))[0] for i in range(3)]
     own = learned.logits.argmax(-1)
     assert row["left_out"][at] == pytest.approx(np.mean([int(y.argmax() == t) for y, t in zip(left, own, strict=True)]))
     logs = [float(y.log_softmax(-1)[t]) for y, t in zip(left, own, strict=True)]

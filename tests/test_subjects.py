@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensorlens_utils import linearize, load_model
 from tensorlens_utils.costs import peak_gigabytes
+from tensorlens_utils.decoders import examples_of, fit
 from tensorlens_utils.models import n_blocks, word_tokenizer
 from tensorlens_utils.relations import Relation, Sample, world_relations
 from tensorlens_utils.subjects import FROZEN, TANGENT, Asked, Head, encode
@@ -135,6 +136,8 @@ def test_all_tangent_is_lre_written_out_with_jacrev(gpt, capitals):
         W, b = matrices[k].mean(0), (asked.o - (matrices[k] @ asked.s[k][..., None])[..., 0]).mean(0)
         close(W, torch.stack(Js).mean(0), 1e-6)
         close(b, torch.stack(bs).mean(0), 1e-6)
+        decoder, s = fit("lre", examples_of(asked, [k], ["lre"])[k], beta=2.25), asked.s[k].flip(0)
+        close(decoder.decode(s), 2.25 * s @ torch.stack(Js).mean(0).T + torch.stack(bs).mean(0), 1e-6)
 
 
 def test_answers_to_other_states_are_those_of_the_patched_model(gpt, capitals):
@@ -186,16 +189,17 @@ def test_more_steps_are_the_models_own_next_tokens(gpt, capitals):
 
 
 def test_no_pass_meets_a_token_before_the_subject(gpt):
-    """Ten examples more before the subject add nothing to a pass but what attention reads of them."""
+    """Eight examples more before the subject add nothing to a backward pass but what attention reads of them."""
     model, tokenizer = gpt
     relation = world_relations()["element_symbol"]
-    work = []
+    weights, work = [], []
     for n in (0, 8):
         T, = Asked(model, tokenizer, [relation.prompt(relation.samples[20], relation.samples[:n])]).tensors(0)
         with FlopCounterMode(display=False) as counter:
             T.dense()
+        weights.append(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
         work.append(counter.get_total_flops())
-    assert work[1] < 1.2 * work[0]
+    assert weights[1] == weights[0] > 0 and work[1] < 1.1 * work[0]
 
 
 def test_the_chunk_bounds_the_memory_and_changes_nothing(gpt, capitals):
