@@ -93,4 +93,4 @@ def test_what_each_map_costs(benchmark, device, case, method):
 
     median, quartiles = forwards(run, case, device, rounds=7)
     benchmark.pedantic(run, rounds=3)
-    benchmark.extra_info |= {"forwards_per_map": median, "quartiles": quartiles}
+    benchmark.extra_info |= {"method": method, "forwards_per_map": median, "quartiles": quartiles}
