@@ -106,7 +106,8 @@ def page(lab, browser):
 def opened(page, address, run=True):
     page.goto(address)
     page.locator(".jp-Notebook .jp-Cell").first.click()
-    if run:
+    if run:  # not before there is a kernel: what is asked of none is lost
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(state="attached")
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells").first.click()
         page.locator(".widget-html b").first.wait_for()
