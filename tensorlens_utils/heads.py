@@ -176,7 +176,8 @@ class Heads:
             raise ValueError("texts and images are read by a tokenizer or image processor, and these heads have none: "
                              "Heads(model, inputs, processor)")  # fmt: skip
         one = [examples] if isinstance(examples, str) or not isinstance(examples, Sequence) else [*examples]
-        text = {"padding": len(one) > 1, "truncation": True} if isinstance(one[0], str) else {}
+        text = {"truncation": True} if isinstance(one[0], str) else {}
+        text |= {"padding": True, "padding_side": "right"} if text and len(one) > 1 else {}
         return dict(self.processor(one, return_tensors="pt", **text).to(self.W_O.device).items())
 
     def capture(self, inputs, *, scale: bool = False, edit: Edit | None = None) -> Captured:
@@ -195,6 +196,9 @@ class Heads:
         if mask.shape != (N, S) or causal and run.logits.shape[1] != S:
             raise ValueError(f"a lens reads each position by itself, so heads, mask and logits have the same {S}; the "
                              f"mask is {tuple(mask.shape)}, the logits {tuple(run.logits.shape)}")  # fmt: skip
+        if "position_ids" not in inputs and (mask[:, 1:] & ~mask[:, :-1]).any():
+            raise ValueError("texts are padded on the right, since most models count places from the left edge; here "
+                             "one begins behind padding: take padding_side='right', or give position_ids")
         following = torch.full((N, S), -1, device=like.device)
         if causal:
             following[:, :-1] = like[:, 1:].where(mask[:, 1:], -1)

@@ -64,5 +64,6 @@ class Examples:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         values = (row[self.column] if isinstance(row, dict) else row for row in self.data)
         while some := [*itertools.islice(values, self.rows)]:
-            text = {"padding": True, "truncation": True} if isinstance(some[0], str) else {}
+            words = {"padding": True, "padding_side": "right", "truncation": True}
+            text = words if isinstance(some[0], str) else {}
             yield dict(self.processor(some, return_tensors="pt", **text).items())

@@ -254,5 +254,5 @@ def _digest(batch: Any) -> str:
     values = [batch.z] if isinstance(batch, Captured) else [v for v in batch.values() if isinstance(v, Tensor)]
     digest = hashlib.sha256()
     for value in values:
-        digest.update(value.cpu().contiguous().numpy().tobytes())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -110,6 +110,9 @@ class Lens:
         """Write the lenses, without the model, as one safetensors file; at once or not at all."""
         from safetensors.torch import save_file
 
+        if "heads" not in self.about:
+            raise ValueError("a file keeps lenses that were trained, and these are made in a moment: call "
+                             "bias_only(...) or unembedding(...) where they are needed")  # fmt: skip
         tensors = {"mu": self.family.mu, **{f"parameters.{k}": v for k, v in self.family.parameters.items()}}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

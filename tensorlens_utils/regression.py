@@ -245,8 +245,8 @@ def damped(family, seen: Captured, objective: str = "kl", grid=DAMPING, reduce=l
     linear, before, found = family.parameters[family.linear].detach(), 1.0, []
     for alpha in grid:
         linear *= alpha / before
-        before, mean = alpha, losses(family, seen, objective).double().mean(1)
-        found.append(reduce(mean.new_zeros(len(linear)).index_add_(0, family.unit, mean)))
+        before, total = alpha, losses(family, seen, objective).double().sum(1)
+        found.append(reduce(total.new_zeros(len(linear)).index_add_(0, family.unit, total)))
     alphas = linear.new_tensor(grid)[torch.stack(found).argmin(0)]
     linear *= (alphas / before).view(-1, *[1] * (linear.dim() - 1))
     return alphas

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tensorlens_utils import load_data, load_model, regression, world
 from tensorlens_utils.heads import Heads, replaced
+from tensorlens_utils.lens_data import Examples
 from tensorlens_utils.lens_families import FAMILIES, Full, Moments
 from tensorlens_utils.lens_training import train
 from tensorlens_utils.lenses import Lens, bias_only, load_lens, unembedding
@@ -252,6 +253,30 @@ def test_positions_are_the_models_own_and_padding_is_left_out():
     close(batch[6:].scale, alone.scale, 1e-8)
     assert batch.following[:6].tolist() == [*heads.inputs(texts[0])["input_ids"][0, 1:].tolist(), -1]
     assert batch.at("last").position.tolist() == [5, 4] and batch.at(0).text.tolist() == [0, 1]
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_read_as_others_and_other_inputs_are_refused():
+    model, tokenizer = load_model("tiny-gpt", dtype="float64")
+    tokenizer.padding_side, texts = "left", ["the capital of france is", "a duck is a"]
+    heads = Heads(model, tokenizer(texts[:1], return_tensors="pt"), tokenizer, torch.float64)
+    both, alone = (heads.capture(heads.inputs(given)) for given in (texts, texts[1]))
+    close(both[both.text == 1].z, alone.z)
+    assert torch.equal(next(iter(Examples(texts, tokenizer)))["input_ids"], heads.inputs(texts)["input_ids"])
+    with pytest.raises(ValueError, match="padded on the right"):
+        heads.capture(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+def test_damping_over_processes_counts_positions_not_processes():
+    lenses, parts = [start("full") for _ in range(3)], [some()[:20], some()[20:]]
+    whole, sums = damped(lenses[0], some()), []
+    damped(lenses[1], parts[0], reduce=lambda x: sums.append(x) or x)
+    left = iter(sums)
+    assert torch.equal(damped(lenses[2], parts[1], reduce=lambda x: x + next(left)), whole)
+
+
+def test_lenses_without_training_are_not_kept(tmp_path):
+    with pytest.raises(ValueError, match="made in a moment"):
+        bias_only(tiny(), moments()).save(tmp_path / "a.safetensors")
 
 
 def test_the_readout_gives_the_models_logits_and_is_refused_where_there_is_none():
