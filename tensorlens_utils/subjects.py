@@ -192,6 +192,9 @@ class _Cut(nn.Module):
 
     def entering(self, layer: int) -> _Cut:
         """Itself, s being what stands at boundary `layer`."""
+        if layer not in range(n_blocks(self.model)):
+            raise ValueError(f"a subject's state is replaced at a boundary before a block, 0 to "
+                             f"{n_blocks(self.model) - 1}; not at {layer!r}")
         self.layer = layer
         return self
 
@@ -216,7 +219,6 @@ class _Cut(nn.Module):
                 self._run(self.ids[:, call], kept)
         self.o = self.o[:, 0] if self.steps == 1 else self.o
         return self.o
-
 
     def pulled(self, s: Tensor, layers: Sequence[int], step: int, chunk: int | None, rules: dict[str, str],
                n: int | None = None) -> list[Tensor]:  # fmt: skip

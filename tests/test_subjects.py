@@ -223,6 +223,10 @@ def test_bad_input_is_told_so(gpt):
         Asked(model, tokenizer, [])
     with pytest.raises(ValueError, match="128 tokens that the model reads, and here are 1[0-9][0-9]: give it fewer ex"):
         Asked(model, tokenizer, [relation.prompt(relation.samples[20], relation.samples[:12])])
+    asked = Asked(model, tokenizer, [relation.prompt(relation.samples[20])])
+    for layer in (-1, 4, 99):
+        with pytest.raises(ValueError, match=f"before a block, 0 to 3; not at {layer}"):
+            asked.answer(asked.s[0], layer)
     slow = type("Slow", (), {"is_fast": False})()
     with pytest.raises(ValueError, match="only a fast tokenizer tells, and Slow is none"):
         Asked(model, slow, [relation.prompt(relation.samples[0])])
