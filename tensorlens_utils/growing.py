@@ -74,7 +74,7 @@ def diffusion(affinity: Tensor, n_eigs: int = 12, alpha: float = 1.0) -> tuple[T
     (torch.Size([3]), True)
     """
     from scipy.linalg import eigh
-    from scipy.sparse.linalg import eigsh
+    from scipy.sparse.linalg import ArpackError, eigsh
 
     K = _affinity(affinity)
     q = K.sum(1)
@@ -86,10 +86,15 @@ def diffusion(affinity: Tensor, n_eigs: int = 12, alpha: float = 1.0) -> tuple[T
     if k == 0:
         return S.new_zeros(0), S.new_zeros(1, 0)
     S += torch.eye(len(K))  # for ARPACK, which stumbles over a matrix of zeros
-    if len(K) <= 512:
-        lam, phi = eigh(S.numpy(), subset_by_index=[len(K) - k, len(K) - 1])
-    else:
-        lam, phi = eigsh(S.numpy(), k, which="LA", v0=np.random.default_rng(0).standard_normal(len(K)))
+    try:
+        if len(K) <= 512:
+            lam, phi = eigh(S.numpy(), subset_by_index=[len(K) - k, len(K) - 1])
+        else:
+            lam, phi = eigsh(S.numpy(), k, which="LA", v0=np.random.default_rng(0).standard_normal(len(K)))
+    except ArpackError:
+        lam = []
+    if len(lam) < k:  # of an eigenvalue that comes many times both may find too few vectors; this finds all
+        lam, phi = (x[..., -k:] for x in eigh(S.numpy(), driver="evd"))
     lam, psi = torch.from_numpy(lam - 1).flip(0).clamp(0, 1), torch.from_numpy(phi).flip(1) / weights[:, None]
     largest = psi.abs().argmax(0)
     return lam, psi * psi[largest, torch.arange(k)].sign()

@@ -92,9 +92,10 @@ def coefficient_scores(model: nn.Module, inputs, loss: Loss, haar: Haar | None =
     and "gradient", that of c·∂L/∂c. Coefficients are those in ``haar``, or without it the entries of A.
     """
     p = _capture(model, inputs)
-    gate = torch.ones_like(p.probabilities, requires_grad=True)
-    output = capture(model, inputs, lambda layer, A: A + gate[:, layer] - 1).output
-    (g,) = torch.autograd.grad(loss(output).sum(), gate)
+    change = torch.zeros_like(p.probabilities, requires_grad=True)
+    output = capture(model, inputs, lambda layer, A: A + change[:, layer]).output
+    (g,) = torch.autograd.grad(loss(output).sum(), change)
+    g = g * (p.probabilities > 0)  # what the mask forbids stays 0 when coefficients go
     c, g = (haar.analysis(x) if haar else x for x in (p.probabilities, g))  # ∂L/∂c, the basis being orthonormal
     return {"magnitude": c.abs().mean(0).cpu(), "gradient": (c * g).abs().mean(0).cpu()}
 

@@ -102,6 +102,26 @@ def test_a_head_without_effect_has_no_score_and_its_loss_costs_nothing(digits):
     assert torch.allclose(costs, free, atol=1e-12)
 
 
+def test_gradients_of_coefficients_know_the_mask(text):
+    """Of a causal model: by differences of what pruning does, the mask taken off again."""
+    model, (_, inputs, ids) = load_model("tiny-gpt", dtype="float64")[0], text
+    loss, haar, where = next_token(ids), Haar(None, Tree.random(40, 1)), (0, 1, 12, 0)
+
+    def shifted(step):
+        def replace(layer, A):
+            c = haar.analysis(A)
+            if layer == where[0]:
+                c[:, where[1], where[2], where[3]] *= 1 + step
+            return haar.synthesis(c) * (A > 0)
+
+        with torch.no_grad():
+            return loss(capture(model, inputs, replace).output)
+
+    slope = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
+    score = coefficient_scores(model, inputs, loss, haar)["gradient"]
+    assert abs(float(slope.abs().mean() - score[where])) < 1e-6 < float(score[where])
+
+
 @pytest.mark.parametrize("haar", [HAAR, None])
 def test_coefficients(digits, haar):
     model, inputs, labels = digits

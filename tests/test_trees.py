@@ -431,3 +431,10 @@ def test_what_is_no_affinity_is_refused(grow):
         cosine(torch.full((2, 2), -float("inf")).triu(1))
     with pytest.raises(ValueError, match="finite numbers"):
         gaussian(torch.ones(3))
+
+
+@pytest.mark.parametrize("n", [200, 300, 700])
+@pytest.mark.parametrize("grow", [flexible_tree, binary_tree])
+def test_leaves_that_are_all_unlike_give_a_tree(grow, n):
+    """The affinities have one eigenvalue n times over, of which some solvers find too few vectors."""
+    assert grow(torch.eye(n)).n == n
