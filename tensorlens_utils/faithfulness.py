@@ -178,6 +178,9 @@ def evaluate_relations(model: nn.Module, tokenizer: Any, relations: Mapping[str,
     for what, given, allowed in (("decoder", decoders, DECODERS), ("control", controls, CONTROLS),
                                  ("layer", layers, range(n_blocks(model)))):  # fmt: skip
         one_of(what, given, allowed)
+    if "other relation" in controls and len(relations) < 2:
+        raise ValueError("the control 'other relation' takes the W of another relation, and here is one alone: give "
+                         "two or more, or leave it out")
     names, check, matrix = [*relations], agrees(tokenizer), [name for name in decoders if name in RULES]
 
     @functools.lru_cache(2)

@@ -46,6 +46,8 @@ def next_token(ids: Tensor) -> Loss:
 
 def keep(scores: Tensor, share: float) -> Tensor:
     """A bool tensor with the ``share`` of the largest scores, over all of them; of equals, those that come first."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is in [0, 1], not {share!r}; of a count, take count / scores.numel()")
     kept = torch.zeros(scores.numel(), dtype=torch.bool)
     kept[scores.flatten().argsort(descending=True, stable=True)[: round(share * scores.numel())]] = True
     return kept.view(scores.shape)

@@ -49,7 +49,10 @@ class Organisation:
         return self.history[-1]
 
     def organised(self, x: Tensor) -> Tensor:
-        """x, each of its axes in the order of its tree."""
+        """x, each of its axes in the order of its tree. Raises ValueError for axes that are of another length."""
+        if x.shape[: len(self.trees)] != tuple(tree.n for tree in self.trees):
+            raise ValueError(f"axes are put in the order of trees of {[tree.n for tree in self.trees]} leaves, here is "
+                             f"a tensor of shape {tuple(x.shape)}: give one like that which was organised")
         for axis, tree in enumerate(self.trees):
             x = x.index_select(axis, tree.order.to(x.device))
         return x

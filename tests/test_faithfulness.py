@@ -219,7 +219,8 @@ def test_a_token_agrees_by_its_beginning_or_whole():
 
 def test_names_that_are_none_are_refused(gpt):
     for options, message in [({"decoders": ["tensors"]}, "decoder is one of"), ({"layers": [4]}, "layer is one of"),
-                             ({"controls": ["none"]}, "control is one of"), ({"n_examples": 40}, "40")]:
+                             ({"controls": ["none"]}, "control is one of"), ({"n_examples": 40}, "40"),
+                             ({"controls": ["other relation"]}, "give two or more")]:
         with pytest.raises(ValueError, match=message):
             evaluate_relations(*gpt, {"element_symbol": SOME["element_symbol"]}, seeds=1, progress=False, **options)
     with pytest.raises(ValueError, match="editor is one of"):

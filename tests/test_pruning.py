@@ -102,6 +102,12 @@ def test_a_head_without_effect_has_no_score_and_its_loss_costs_nothing(digits):
     assert torch.allclose(costs, free, atol=1e-12)
 
 
+@pytest.mark.parametrize("share", [-0.25, 12])
+def test_a_share_is_no_count(share):
+    with pytest.raises(ValueError, match=r"a share is in \[0, 1\]"):
+        keep(torch.rand(8), share)
+
+
 def test_gradients_of_coefficients_know_the_mask(text):
     """Of a causal model: by differences of what pruning does, the mask taken off again."""
     model, (_, inputs, ids) = load_model("tiny-gpt", dtype="float64")[0], text

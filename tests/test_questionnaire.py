@@ -175,6 +175,8 @@ def test_any_real_numbers_will_do():
     organised = double.organised(x)
     assert torch.equal(organised, x[np.ix_(*(tree.order for tree in double.trees))])
     assert organised.diff(dim=0).abs().sum() < x.diff(dim=0).abs().sum() / 2
+    with pytest.raises(ValueError, match=r"trees of \[12, 14, 16\] leaves"):
+        double.organised(torch.ones(12, 14, 17))
 
 
 def test_what_no_questionnaire_can_take():
