@@ -224,7 +224,8 @@ def evaluate_relations(model: nn.Module, tokenizer: Any, relations: Mapping[str,
 def fingerprints(model: nn.Module, relations: Mapping[str, Relation]) -> dict[str, Any]:
     """What tells one model and one set of relations from others: digests of some of the weights, and of the data."""
     weights = b"".join(p.detach().flatten()[:16].cpu().double().numpy().tobytes() for p in model.parameters())
-    data = repr([(r.prompt_templates, r.samples) for r in relations.values()]).encode()
+    data = repr([(r.prompt_templates, r.prompt_templates_zs, r.between, r.samples)
+                 for r in relations.values()]).encode()
     return {"model": f"{type(model).__name__} {hashlib.sha256(weights).hexdigest()[:12]}",
             "relations": [*relations], "data": hashlib.sha256(data).hexdigest()[:12]}  # fmt: skip
 

@@ -69,8 +69,10 @@ class Relation:
     between: str = "\n"
 
     def prompt(self, sample: Sample, examples: Sequence[Sample] = (), template: int = 0) -> Prompt:
-        """The prompt for a sample after these examples, those of the same subject left out (LRE, appendix B)."""
-        wording = self.prompt_templates[template]
+        """The prompt for a sample after these examples, those of the same subject left out (LRE, appendix B); given
+        none, in a wording for prompts without examples, where the relation has some."""
+        alone = () if examples else self.prompt_templates_zs  # these need not be as many
+        wording = alone[template % len(alone)] if alone else self.prompt_templates[template]
         shots = [f"{wording.format(x.subject)} {x.object}" for x in examples if x.subject != sample.subject]
         before = self.between.join([*shots, wording[: wording.index("{}")]])
         start, after = len(before), wording[wording.index("{}") + 2 :]

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import pytest
 
@@ -156,6 +157,9 @@ def test_a_prompt_is_its_examples_line_by_line_and_then_the_question():
     assert prompt.text == "The capital of France is Paris\nThe capital of Egypt is Cairo\nThe capital of Peru is"
     assert prompt.text[prompt.start : prompt.end] == "Peru" == prompt.subject and prompt.object == "Lima"
     assert relation.prompt(relation.samples[2], template=1)[:3] == ("Egypt has the capital", 0, 5)
+    alone = replace(relation, prompt_templates_zs=("What is the capital of {}? It is",))
+    assert alone.prompt(relation.samples[2], template=1).text == "What is the capital of Egypt? It is"
+    assert alone.prompt(relation.samples[1], relation.samples) == prompt
 
 
 def test_the_world_asks_as_its_training_text_did_and_in_other_words():
