@@ -22,6 +22,15 @@ def shared_data():
     return folder
 
 
+@pytest.fixture
+def environment():
+    """Takes back what a run of notebooks changes in the environment."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread(request):
     """The tests' models are tiny, and two threads only wait for one another; benchmarks keep all cores."""

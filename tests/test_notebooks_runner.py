@@ -2,7 +2,6 @@
 import base64
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from nbval.plugin import get_sanitize_patterns
 from tensorlens_utils import notebooks, plotting
 from tensorlens_utils.notebooks import Progress, Series, SeriesError, exercise, main, normal, settle, text_of
 
+pytestmark = pytest.mark.usefixtures("environment")
 SANITIZE = Path(__file__).with_name("nbval_sanitize.cfg")
 NOISE = notebooks.sanitizers(SANITIZE)
 
@@ -40,14 +40,6 @@ TOY = [
     code("answer = None\nexercise_1(answer)"),
     code("answer = points\nassert exercise_1(answer)", tags=["solution"], jupyter={"source_hidden": True}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 def series_of(root, **cells):

@@ -7,17 +7,14 @@ and the LLaMA's pads on the left.
 """
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import datasets
-import nbformat
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from paper import ROOT, lay_out_wikitext, outputs, paper_series
 
 from tensorlens_utils import load_data, load_model
 from tensorlens_utils.baselines import METHODS as RIVALS
@@ -27,7 +24,8 @@ from tensorlens_utils.notebooks import Series
 from tensorlens_utils.perturbation import evaluate
 from tensorlens_utils.results import read
 
-ROOT, NAME = Path(__file__).resolve().parents[1], "05_language_perturbation"
+NAME = "05_language_perturbation"
+pytestmark = pytest.mark.usefixtures("environment")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
          "initializer_range": 0.3}  # fmt: skip
 HUB = {  # name: model class, configuration class, configuration, the tokenizer's class, its special tokens
@@ -79,17 +77,9 @@ def imdb(tmp_path_factory):
 def wikitext(tmp_path_factory):
     """In the layout and schema of Salesforce/wikitext: several sets under one name; blank lines and headings between
     paragraphs."""
-    folder = tmp_path_factory.mktemp("wikitext")
-    configs = ""
-    for seed, name in enumerate(("wikitext-103-raw-v1", "wikitext-2-v1")):
-        rows = [line for text in sentences(12, 10 + seed) for line in ("", " = War = \n", f" {text} \n")]
-        (folder / name).mkdir()
-        configs += f"- config_name: {name}\n  data_files:\n"
-        for split in ("test", "train", "validation"):
-            datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
-            configs += f"  - split: {split}\n    path: {name}/{split}-*\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    return folder
+    rows = {name: [line for text in sentences(12, 10 + seed) for line in ("", " = War = \n", f" {text} \n")]
+            for seed, name in enumerate(("wikitext-103-raw-v1", "wikitext-2-v1"))}
+    return lay_out_wikitext(tmp_path_factory.mktemp("wikitext"), rows)
 
 
 def tokenizer_files(folder, kind, special):
@@ -138,14 +128,6 @@ def even(model, tokenizer, imdb):
     y = model.eval()(**inputs).logits
     (model.classifier.bias if hasattr(model.classifier, "bias") else model.classifier.out_proj.bias)[0] -= (
         y[:, 0] - y[:, 1]).median()
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 def test_data_of_the_hub_are_read_by_split_and_by_set(imdb, wikitext):
@@ -197,28 +179,20 @@ RATIONALES = [{"sentence": text, "original_label": ("negative", "positive")[i % 
 
 
 def test_the_notebook_runs_through_with_the_papers_models_and_data(hub, imdb, wikitext, tmp_path):
-    for path in (f"notebooks/{NAME}.ipynb", "tests/nbval_sanitize.cfg", "constraints.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "rationales.json").write_text(json.dumps(RATIONALES))
-    sizes = Series(ROOT).table[NAME]
-    paper = sizes["paper"] | {
+    paper = Series(ROOT).table[NAME]["paper"]
+    changed = {
         "classifiers": [str(hub / name) for name in CLASSIFIERS], "data_name": str(imdb),
         "language_models": [str(hub / name) for name in LANGUAGE_MODELS], "language_data": str(wikitext),
         "rationales": str(tmp_path / "rationales.json"), "n_texts": 16, "every": 2, "max_length": 24, "n_prompts": 4,
         "prompt_length": 8, "facts_per_relation": 1, "n_repeats": 3, "n_drivers": 2, "n_simulated": 30, "n_sanity": 4,
         "n_draws": 2, "n_resamples": 100, "batch_size": 8, "device": "cpu"}  # fmt: skip
-    assert paper.keys() == sizes["tiny"].keys() and paper["language_subset"] == "wikitext-103-raw-v1"
-    assert all("/" in name for key in ("classifiers", "language_models") for name in sizes["paper"][key])
-    (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
-        line for profile, values in (("tiny", sizes["tiny"]), ("paper", paper))
-        for line in (f"[{NAME}.{profile}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))))
-    Series(tmp_path, "paper").run(NAME)
+    assert paper["language_subset"] == "wikitext-103-raw-v1"
+    assert all("/" in name for key in ("classifiers", "language_models") for name in paper[key])
+    paper_series(tmp_path, NAME, changed).run(NAME)
 
-    ran = nbformat.read(tmp_path / "build" / "paper" / f"{NAME}.ipynb", 4)
-    outputs = [output for cell in ran.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in outputs)
-    shown = "".join(output["data"].get("text/html", "") for output in outputs if "data" in output)
+    found, printed = outputs(tmp_path, NAME)
+    shown = "".join(output["data"].get("text/html", "") for output in found if "data" in output)
     for name in CLASSIFIERS:
         assert f"{hub / name}: 16 texts, of which it answers" in printed
         assert shown.count(f">{hub / name}<") == 2  # the table of areas, and that of the rationales
@@ -230,4 +204,3 @@ def test_the_notebook_runs_through_with_the_papers_models_and_data(hub, imdb, wi
         table = read(tmp_path / "build" / "paper" / "05_tables" / f"{path}.jsonl")
         assert table.settings["model"].startswith(HUB[name][0])
         assert len(table.rows) == 17 * (16 * 3 if name in CLASSIFIERS else 4 * 2)
-    assert not (tmp_path / "figures").exists()  # the repository's stay as they are

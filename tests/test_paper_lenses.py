@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import datasets
@@ -20,6 +19,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from paper import ROOT, outputs, paper_series
 from safetensors import safe_open
 
 from tensorlens_utils import load_data, load_model
@@ -30,7 +30,7 @@ from tensorlens_utils.lens_training import train
 from tensorlens_utils.lenses import load_lens
 from tensorlens_utils.notebooks import Series
 
-ROOT, NAME = Path(__file__).resolve().parents[1], "07_attention_lens"
+NAME = "07_attention_lens"
 STUDIED, BOTH = (0, 1, 3, 4), ("listen-figure",)  # sections, 0 the opening; cells there that need another section, too
 WORDS = "the film actor was made saw king river war became station carried won sank left in it not".split()
 
@@ -155,32 +155,23 @@ def studied(notebook):
 
 def test_the_notebook_runs_through_with_the_papers_model_and_data(hub, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORLENS_FIGURES", os.environ.get("TENSORLENS_FIGURES", ""))  # which a run changes
-    for path in ("tests/nbval_sanitize.cfg", "constraints.txt", *(
-            str(file.relative_to(ROOT)) for file in (ROOT / "tests" / "measurements").glob("lenses*"))):
-        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    notebook = nbformat.read(ROOT / "notebooks" / f"{NAME}.ipynb", 4)
-    notebook.cells = [*studied(notebook)]
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(notebook, tmp_path / "notebooks" / f"{NAME}.ipynb")
-    sizes = Series(ROOT).table[NAME]
-    paper = sizes["paper"] | {
+    paper, path = Series(ROOT).table[NAME]["paper"], tmp_path / "notebooks" / f"{NAME}.ipynb"
+    changed = {
         "model_name": str(hub / "gpt2"), "data_name": str(texts["openwebtext"]), "n_first": 30, "n_rows": 16,
         "n_held_out": 8, "length": 24, "batch_rows": 2, "steps": 6, "n_texts": 4, "n_facts": 12, "n_steered": 2,
         "n_prompts": 8, "n_resamples": 100, "device": "cpu"}  # fmt: skip
-    assert paper.keys() == sizes["tiny"].keys() and "/" in sizes["paper"]["model_name"]
-    assert sizes["paper"]["data_subset"] == "plain_text" and sizes["paper"]["resume"]
-    (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
-        line for profile, values in (("tiny", sizes["tiny"]), ("paper", paper))
-        for line in (f"[{NAME}.{profile}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))))
-    Series(tmp_path, "paper").run(NAME)
+    assert "/" in paper["model_name"] and paper["data_subset"] == "plain_text" and paper["resume"]
+    measured = (str(file.relative_to(ROOT)) for file in (ROOT / "tests" / "measurements").glob("lenses*"))
+    series = paper_series(tmp_path, NAME, changed, measured)
+    notebook = nbformat.read(path, 4)
+    notebook.cells = [*studied(notebook)]
+    nbformat.write(notebook, path)
+    series.run(NAME)
 
-    ran = nbformat.read(tmp_path / "build" / "paper" / f"{NAME}.ipynb", 4)
-    printed = "".join(output.get("text", "") for cell in ran.cells for output in cell.get("outputs", []))
+    _, printed = outputs(tmp_path, NAME)
     assert "the median head" in printed and "full ahead of translator by" in printed
     kept = {path.stem for path in (tmp_path / "build" / "paper" / "07_lenses").iterdir()}
     assert kept >= {*FAMILIES}
     for path in (tmp_path / "build" / "paper" / "07_lenses").iterdir():
         with safe_open(path, "pt") as file:
             assert json.loads(file.metadata()["lens"])["model"] == "gpt2"
-    assert not (tmp_path / "figures").exists()  # the repository's stay as they are

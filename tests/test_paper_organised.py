@@ -6,18 +6,15 @@ no length is a power of two), BERT and a LLaMA; WikiText and ImageNet-1K.
 """
 
 import io
-import json
 import os
-import shutil
-from pathlib import Path
 
 import datasets
-import nbformat
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
+from paper import ROOT, lay_out_wikitext, outputs, paper_series
 from PIL import Image
 
 from tensorlens_utils import load_data, load_model
@@ -26,7 +23,8 @@ from tensorlens_utils.notebooks import Series
 from tensorlens_utils.patterns import capture
 from tensorlens_utils.questionnaire import questionnaire
 
-ROOT, NAME = Path(__file__).resolve().parents[1], "08_haar_sparsity"
+NAME = "08_haar_sparsity"
+pytestmark = pytest.mark.usefixtures("environment")
 WORDS = [f"w{i}" for i in range(150)]
 HUB = {  # name: model class, configuration class, configuration
     "pythia": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {
@@ -69,17 +67,10 @@ def hub(tmp_path_factory):
 def wikitext(tmp_path_factory):
     """In the layout and schema of Salesforce/wikitext: several sets under one name, and blank lines among paragraphs,
     some of them longer than a model's context."""
-    folder, random = tmp_path_factory.mktemp("wikitext"), np.random.default_rng(0)
+    random = np.random.default_rng(0)
     rows = [line for _ in range(120) for line in ("", " ".join(random.choice(WORDS, random.integers(3, 90))) + " \n")]
-    configs = ""
-    for name in ("wikitext-103-raw-v1", "wikitext-2-v1"):
-        (folder / name).mkdir()
-        configs += f"- config_name: {name}\n  data_files:\n"
-        for split in ("test", "train", "validation"):
-            datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / name / f"{split}-00000-of-00001.parquet")
-            configs += f"  - split: {split}\n    path: {name}/{split}-*\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    return folder
+    return lay_out_wikitext(tmp_path_factory.mktemp("wikitext"), dict.fromkeys(
+        ("wikitext-103-raw-v1", "wikitext-2-v1"), rows))
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +89,6 @@ def imagenet(tmp_path_factory):
     for other in ("train", "test"):
         (folder / "data" / f"{other}-00000-of-00001.parquet").write_text("not to be read")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
 
 
 @pytest.mark.parametrize("name, length", [("pythia", 37), ("vit", 26)])
@@ -127,27 +110,19 @@ def test_any_length_and_as_many_heads_as_the_papers_are_organised(hub, wikitext,
 
 
 def test_the_notebook_runs_through_with_the_papers_models_and_data(hub, wikitext, imagenet, tmp_path):
-    for path in (f"notebooks/{NAME}.ipynb", "tests/nbval_sanitize.cfg", "constraints.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    sizes = Series(ROOT).table[NAME]
-    paper = sizes["paper"] | {
+    paper = Series(ROOT).table[NAME]["paper"]
+    changed = {
         "text_model": str(hub / "pythia"), "text_data": str(wikitext), "image_model": str(hub / "vit"),
         "image_data": str(imagenet), "other_models": [str(hub / "bert"), str(hub / "llama")],
         "other_data": [str(wikitext)] * 2, "length": 37, "n_texts": 4, "n_heads": 3, "n_pruned": 2, "n_images": 12,
         "n_compared": 2, "n_slices": 2, "n_resamples": 50, "device": "cpu"}  # fmt: skip
-    assert paper.keys() == sizes["tiny"].keys() and sizes["paper"]["text_subset"] == "wikitext-103-raw-v1"
-    assert all("/" in sizes["paper"][key] for key in ("text_model", "image_model", "text_data", "image_data"))
-    (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
-        line for profile, values in (("tiny", sizes["tiny"]), ("paper", paper))
-        for line in (f"[{NAME}.{profile}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))))
+    assert paper["text_subset"] == "wikitext-103-raw-v1"
+    assert all("/" in paper[key] for key in ("text_model", "image_model", "text_data", "image_data"))
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    Series(tmp_path, "paper").run(NAME)
-    ran = nbformat.read(tmp_path / "build" / "paper" / f"{NAME}.ipynb", 4)
-    printed = "".join(o.get("text", "") for cell in ran.cells for o in cell.get("outputs", []))
+    paper_series(tmp_path, NAME, changed).run(NAME)
+    _, printed = outputs(tmp_path, NAME)
     for name in HUB:
         assert f"{hub / name}" in printed
     drawn = {path.name for path in (tmp_path / "build" / "paper" / "figures").iterdir()}
     training = {"08_training.png", "08_training.svg"}  # these checkpoints have no training behind them
     assert drawn == {path.name for path in (ROOT / "figures").glob("08_*")} - training
-    assert not (tmp_path / "figures").exists()  # the repository's stay as they are

@@ -7,19 +7,15 @@ them is not asserted.
 """
 
 import json
-import os
-import shutil
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
-import datasets
-import nbformat
 import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers as tf
+from paper import ROOT, lay_out_wikitext, outputs, paper_series
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tensorlens_utils import load_model
@@ -28,7 +24,8 @@ from tensorlens_utils.notebooks import Series
 from tensorlens_utils.relations import load_relations
 from tensorlens_utils.results import read
 
-ROOT, NAME = Path(__file__).resolve().parents[1], "06_relation_decoding"
+NAME = "06_relation_decoding"
+pytestmark = pytest.mark.usefixtures("environment")
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
 HUB = {  # the paper's name: model class, configuration class, configuration
     "pythia-1b": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZE | {"intermediate_size": 64, "rotary_pct": 0.25}),
@@ -72,14 +69,8 @@ def repository(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wikitext(tmp_path_factory):
     """In the layout and schema of Salesforce/wikitext, blank lines and headings between paragraphs."""
-    folder = tmp_path_factory.mktemp("wikitext")
-    (folder / "wikitext-103-raw-v1").mkdir()
     rows = [line for c in COUNTRIES for line in ("", f" = {c} = \n", f" In winter {c} is hot , or it is cold .\n")]
-    for split in ("test", "train"):
-        datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / "wikitext-103-raw-v1" / f"{split}-0.parquet")
-    files = "".join(f"  - split: {s}\n    path: wikitext-103-raw-v1/{s}-*\n" for s in ("test", "train"))
-    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-103-raw-v1\n  data_files:\n{files}---\n")
-    return folder
+    return lay_out_wikitext(tmp_path_factory.mktemp("wikitext"), {"wikitext-103-raw-v1": rows})
 
 
 def byte_pieces(texts):
@@ -126,14 +117,6 @@ def hub(tmp_path_factory, repository):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
-
-
 def begin(name, repository, sizes, folder):
     """What a run of the notebook leaves that was stopped in the second seed, in the middle of a line."""
     rng, relations = np.random.default_rng(0), load_relations(repository)
@@ -163,32 +146,23 @@ def test_the_repositorys_zip_is_read(repository):
 
 
 def test_the_notebook_runs_through_with_the_papers_models_and_data_and_goes_on(hub, repository, wikitext, tmp_path):
-    for path in (f"notebooks/{NAME}.ipynb", "tests/nbval_sanitize.cfg", "constraints.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    sizes = Series(ROOT).table[NAME]
-    assert sizes["paper"].keys() == sizes["tiny"].keys() and sizes["paper"]["resume"] and sizes["paper"]["one_wording"]
-    assert all("/" in name for name in sizes["paper"]["model_names"]) and len(sizes["paper"]["model_names"]) == 4
-    paper = sizes["paper"] | {
+    paper = Series(ROOT).table[NAME]["paper"]
+    assert paper["resume"] and paper["one_wording"]
+    assert all("/" in name for name in paper["model_names"]) and len(paper["model_names"]) == 4
+    changed = {
         "model_names": [str(hub / name) for name in HUB], "source": str(repository), "text_data": str(wikitext),
         "n_samples": 10, "every": 1, "n_examples": 3, "n_seeds": 2, "n_seeds_others": 1, "betas": [1.0, 2.0],
         "ranks": [2, 8], "edit_ranks": [4], "example_counts": [1, 4], "n_relations": 4, "n_edits": 2, "n_documents": 4,
         "n_steps": 4, "n_resamples": 100, "device": "cpu"}  # fmt: skip
-    (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
-        line for profile, values in (("tiny", sizes["tiny"]), ("paper", paper))
-        for line in (f"[{NAME}.{profile}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))))
     build = tmp_path / "build" / "paper"
-    begun = begin(hub / "pythia-1b", repository, paper, build / "06_tables")
-    Series(tmp_path, "paper").run(NAME)
+    begun = begin(hub / "pythia-1b", repository, paper | changed, build / "06_tables")
+    paper_series(tmp_path, NAME, changed).run(NAME)
 
-    ran = nbformat.read(build / f"{NAME}.ipynb", 4)
-    outputs = [output for cell in ran.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in outputs)
+    _, printed = outputs(tmp_path, NAME)
     assert "4 relations, 2 seeds" in printed
     assert all(f"{hub / name}" in printed for name in HUB)  # the claim, decided in each
     drawn = {path.name for path in (build / "figures").iterdir()}
     assert drawn == {path.name for path in (ROOT / "figures").glob("06_*")}
-    assert not (tmp_path / "figures").exists()  # the repository's stay as they are
 
     tables = {path.name.partition("_")[0]: path for path in sorted((build / "06_tables").iterdir())}
     assert {*tables} == {"faithful", "controls", "claim", "rules", "examples", "causal"}

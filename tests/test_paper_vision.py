@@ -9,16 +9,14 @@ own that answers by two tokens; and ImageNet-1K, parquet in three splits of whic
 import io
 import json
 import os
-import shutil
-from pathlib import Path
 
 import datasets
-import nbformat
 import numpy as np
 import pyarrow
 import pytest
 import torch
 import transformers
+from paper import ROOT, outputs, paper_series
 from PIL import Image
 
 from tensorlens_utils import explain, linearize, load_data, load_model
@@ -28,7 +26,8 @@ from tensorlens_utils.drivers import by_source, by_writer
 from tensorlens_utils.notebooks import Series
 from tensorlens_utils.results import read
 
-ROOT, NAME = Path(__file__).resolve().parents[1], "04_vision_perturbation"
+NAME = "04_vision_perturbation"
+pytestmark = pytest.mark.usefixtures("environment")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8,
          "image_size": 32, "num_labels": 12, "id2label": {i: f"fish {i}, Piscis {i}" for i in range(12)},
          "initializer_range": 0.3}  # fmt: skip
@@ -104,14 +103,6 @@ def validation(imagenet):
                      verification_mode="no_checks", cache_dir=str(imagenet / "cache"))  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def environment():
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
-
-
 def test_one_split_of_imagenet_is_read_and_no_other(imagenet):
     rows = validation(imagenet)
     assert rows.column_names == ["image", "label"] and rows.features["label"].names[3] == "fish 3, Piscis 3"
@@ -160,27 +151,19 @@ def test_a_distilled_deit_is_explained_by_both_of_its_tokens(hub, imagenet):
 
 
 def test_the_notebook_runs_through_with_the_papers_models_and_data(hub, imagenet, tmp_path):
-    for path in (f"notebooks/{NAME}.ipynb", "tests/nbval_sanitize.cfg", "constraints.txt"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
-    sizes = Series(ROOT).table[NAME]
-    paper = sizes["paper"] | {
+    paper = Series(ROOT).table[NAME]["paper"]
+    changed = {
         "model_name": str(hub / "deit-base"), "data_name": str(imagenet), "device": "cpu",
         "other_models": [str(hub / name) for name in HUB if name != "deit-base"], "batch_size": 5, "first": 2,
         "n_images": 8, "n_fewer": 4, "n_maps": 4, "n_checked": 5, "n_draws": 2, "n_parts": 3, "n_removed": 2,
         "n_simulated": 24, "n_resamples": 200}  # fmt: skip
-    assert "/" in sizes["paper"]["model_name"] and paper.keys() == sizes["tiny"].keys()
-    (tmp_path / "notebooks" / "parameters.toml").write_text("\n".join(
-        line for profile, values in (("tiny", sizes["tiny"]), ("paper", paper))
-        for line in (f"[{NAME}.{profile}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()))))
+    assert "/" in paper["model_name"]
     os.environ["HF_DATASETS_CACHE"] = str(imagenet / "cache")
-    Series(tmp_path, "paper").run(NAME)
-    ran = nbformat.read(tmp_path / "build" / "paper" / f"{NAME}.ipynb", 4)
-    printed = "".join(o.get("text", "") for cell in ran.cells for o in cell.get("outputs", []))
+    paper_series(tmp_path, NAME, changed).run(NAME)
+    _, printed = outputs(tmp_path, NAME)
     assert f"{hub / 'deit-base'} names" in printed and "curves of 19 methods on 8 images" in printed
     drawn = {path.name for path in (tmp_path / "build" / "paper" / "figures").iterdir()}
     assert drawn == {path.name for path in (ROOT / "figures").glob("04_*")}
     table = read(tmp_path / "build" / "paper" / "04_black.jsonl")
     assert len(table.rows) == 19 * 8 * 3 and table.settings["model"].startswith("ViTForImageClassification")
     assert {row["target"] for row in table.rows} == {0, 1}
-    assert not (tmp_path / "figures").exists()  # the repository's stay as they are

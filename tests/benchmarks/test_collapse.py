@@ -13,16 +13,9 @@ from tensorlens_utils import baselines, collapse, linearize, load_data, load_mod
 from tensorlens_utils.collapse import class_map
 from tensorlens_utils.costs import seconds
 
+pytestmark = pytest.mark.usefixtures("single_thread")
 METHODS = collapse.METHODS | baselines.METHODS
 STEPS = 32  # of Integrated Gradients
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

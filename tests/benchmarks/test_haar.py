@@ -15,17 +15,14 @@ from tensorlens_utils.costs import machine, seconds
 from tensorlens_utils.haar import Haar
 from tensorlens_utils.trees import Tree
 
+pytestmark = pytest.mark.usefixtures("single_thread")
 REFERENCE = 320  # GF/s, the rate of matrix products that a bar in seconds is stated for
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread(device):
+def on_a_cpu(device):
     if device.type != "cpu":
         pytest.skip("sizes of blocks were chosen on a CPU, where the bars are stated")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noise(*shape, device):

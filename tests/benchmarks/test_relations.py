@@ -17,15 +17,8 @@ from tensorlens_utils.costs import peak_gigabytes, seconds
 from tensorlens_utils.linearize import crossings
 from tensorlens_utils.subjects import FROZEN, TANGENT, _Cut
 
+pytestmark = pytest.mark.usefixtures("single_thread")
 D, BLOCKS, L, SOME = 1600, 6, 40, 128
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
