@@ -7,13 +7,13 @@ import types
 _HOMES = {
     "data": ("load_data",),
     "models": ("load_model", "zoo"),
-    "rules": ("register_rule",),
-    "values": ("UnsupportedOperation",),
+    "linearize.rules": ("register_rule",),
+    "linearize.values": ("UnsupportedOperation",),
     "linearize": ("linearize", "linearize_function"),
     "tensor": ("AttentionTensor",),
-    "explaining": ("explain",),
+    "collapse.explaining": ("explain",),
     "exploring": ("explore",),
-    "networks": ("diagram_of",),
+    "notation.networks": ("diagram_of",),
 }
 _HOME = {name: room for room, names in _HOMES.items() for name in names}
 __all__ = [*_HOME]

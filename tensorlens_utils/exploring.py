@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from . import baselines, collapse
 from .attentions import logits
-from .batches import Batch, answers
-from .explaining import coloured, entries, named, shown
+from .collapse.explaining import coloured, entries, named, shown
 from .linearize import untouched
 from .menus import Explorer, by_name, svg, typed, typed_or_chosen
 from .models import n_blocks
 from .perturbation import FRACTIONS, area, removals, watched
+from .perturbation.batches import Batch, answers
+from .perturbation.removers import REMOVERS, kind_of, removable
 from .plotting import PAGE_WIDTH, PALETTE, cells, diverging, signed
-from .removers import REMOVERS, kind_of, removable
 
 MANY = 96  # tokens of a text in a still picture
 ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1)}  # a legend

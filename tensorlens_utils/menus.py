@@ -4,7 +4,7 @@ The menus set the value of one HTML widget. Nothing here is an Output widget or 
 a notebook is run unattended; beside the live view a notebook gets a PNG and one fixed line of text. So JupyterLab shows
 the menus; GitHub, nbconvert and a notebook that was not run yet show the picture that they began with.
 
-`exploring.py` has the explorer of attributions, `lens_exploring.py` that of heads.
+`exploring.py` has the explorer of attributions, `lenses/exploring.py` that of heads.
 """
 
 import base64

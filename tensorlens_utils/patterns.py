@@ -23,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .linearize import untouched
+from .linearize.rules import attention, rule_of, softmax
+from .linearize.values import Call
 from .models import find_blocks, n_blocks
-from .rules import attention, rule_of, softmax
-from .values import Call
 
 MASKED = -9e3  # below it is what forbids a key: the lowest number of a kind, or −10⁴ in old models
 

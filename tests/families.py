@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from tensorlens_utils.linearize import linearize
-from tensorlens_utils.values import UnsupportedOperation
+from tensorlens_utils.linearize.values import UnsupportedOperation
 
 V, L, N = 16, 6, 2
 TINY = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24,

@@ -4,9 +4,9 @@ from itertools import combinations
 
 import torch
 
-from tensorlens_utils.decompositions import train
-from tensorlens_utils.geometry import overlap
 from tensorlens_utils.notation import Diagram, Node, bubble, diagram
+from tensorlens_utils.notation.decompositions import train
+from tensorlens_utils.notation.geometry import overlap
 
 
 def sketch(expression, names, sizes=2):

@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from tensorlens_utils import explore, load_data, load_model
 from tensorlens_utils.baselines import rollout
-from tensorlens_utils.explaining import coloured
+from tensorlens_utils.collapse.explaining import coloured
 from tensorlens_utils.notebooks import normal, text_of
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: it comes with the dev extra")
@@ -43,10 +43,10 @@ DIGIT = """from tensorlens_utils import explore, load_data, load_model
 
 explore(*load_model("tiny-vit"), load_data("digits").select(range(3)))"""
 HEADS = """from tensorlens_utils import load_model, world
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_exploring import explore_heads
-from tensorlens_utils.lens_families import Moments
-from tensorlens_utils.lens_training import train
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.exploring import explore_heads
+from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.training import train
 from tensorlens_utils.lenses import unembedding
 
 model, tokenizer = load_model("tiny-gpt")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from tensorlens_utils.decoders import DECODERS, PENALTIES, RULES, Decoder, Examples, fit
+from tensorlens_utils.relations.decoders import DECODERS, PENALTIES, RULES, Decoder, Examples, fit
 
 
 def noise(*shape, seed=0):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from pictures import numbers
 
-from tensorlens_utils.decompositions import cp, train, tucker
-from tensorlens_utils.layouts import layout
 from tensorlens_utils.notation import Diagram, Node, diagram
+from tensorlens_utils.notation.decompositions import cp, train, tucker
+from tensorlens_utils.notation.layouts import layout
 
 LEGS = "i j k l m"
 

@@ -9,10 +9,10 @@ import pytest
 from nbclient import NotebookClient
 from pictures import clashes, graph, numbers, scribble, showcase, sketch
 
-from tensorlens_utils.drawing import describe, draw, page, stages, strip
-from tensorlens_utils.geometry import crossings, dense, inside, tangles
-from tensorlens_utils.layouts import layout
 from tensorlens_utils.notation import bubble, diagram
+from tensorlens_utils.notation.drawing import describe, draw, page, stages, strip
+from tensorlens_utils.notation.geometry import crossings, dense, inside, tangles
+from tensorlens_utils.notation.layouts import layout
 from tensorlens_utils.plotting import PAGE_WIDTH, save_figure
 
 SHOWCASE = showcase()
@@ -293,7 +293,7 @@ def test_a_strip_has_a_picture_for_each_step():
 
 
 def test_a_notebook_shows_each_picture_once():
-    start = "from tensorlens_utils.drawing import draw\nfrom tensorlens_utils.notation import diagram\n" \
+    start = "from tensorlens_utils.notation.drawing import draw\nfrom tensorlens_utils.notation import diagram\n" \
             "d = diagram('i j ->', A=None, sizes={'i': 2, 'j': 3})\n"
     sources = [start + "draw(d)", "figure = draw(d)", "draw(d)\nprint('more')", "figure"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])

@@ -8,7 +8,7 @@ import torch
 from families import ADDED, FAMILIES, FLOAT32, UNSUPPORTED, without_additions
 
 from tensorlens_utils import linearize, load_data, load_model
-from tensorlens_utils.drivers import CONSTANTS, TOKENS, by_source, by_writer, removal
+from tensorlens_utils.collapse.drivers import CONSTANTS, TOKENS, by_source, by_writer, removal
 from tensorlens_utils.models import find_blocks
 
 

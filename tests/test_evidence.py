@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from tensorlens_utils import load_data, load_model
-from tensorlens_utils.evidence import areas, average_precision, evaluate_evidence, load_rationales
 from tensorlens_utils.perturbation import compare
+from tensorlens_utils.perturbation.evidence import areas, average_precision, evaluate_evidence, load_rationales
 
 
 def gradient_times_input(model, inputs, target):

@@ -9,9 +9,10 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tensorlens_utils import load_model
-from tensorlens_utils.decoders import examples_of, fit
-from tensorlens_utils.editing import EDITORS, Edit, evaluate_causality, key
-from tensorlens_utils.faithfulness import (
+from tensorlens_utils.relations import Relation, Sample, load_relations, world_relations
+from tensorlens_utils.relations.decoders import examples_of, fit
+from tensorlens_utils.relations.editing import EDITORS, Edit, evaluate_causality, key
+from tensorlens_utils.relations.faithfulness import (
     MEASURES,
     Setting,
     Trial,
@@ -23,9 +24,8 @@ from tensorlens_utils.faithfulness import (
     overall,
     scores,
 )
-from tensorlens_utils.relations import Relation, Sample, load_relations, world_relations
+from tensorlens_utils.relations.subjects import Asked
 from tensorlens_utils.results import Table, read
-from tensorlens_utils.subjects import Asked
 
 SOME = {name: world_relations()[name] for name in ("element_symbol", "fruit_colour")}
 

@@ -12,7 +12,7 @@ from families import FAMILIES, FLOAT32, UNSUPPORTED, law_error, measured, model_
 from torch import nn
 
 from tensorlens_utils.linearize import linearize, linearize_function
-from tensorlens_utils.values import UnsupportedOperation
+from tensorlens_utils.linearize.values import UnsupportedOperation
 
 EXACT = [name for name in FAMILIES if name not in UNSUPPORTED]
 TEXT = [name for name in EXACT if "input_ids" in FAMILIES[name]()[1]]

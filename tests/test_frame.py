@@ -196,3 +196,21 @@ def test_the_readmes_code_runs_as_it_stands():
     assert blocks
     for code in blocks:
         exec(compile(code, "README.md", "exec"), {})  # its assert is the claim of the first screen
+
+
+def test_each_room_imports_only_from_rooms_above_it():
+    package = ROOT / "tensorlens_utils"
+    rooms = re.findall(r"^\| `(\w+/?)` \|", README.split("## Layout")[1], re.M)
+    there = {p.stem for p in package.glob("*.py")} - {"__init__"}
+    there |= {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert len(rooms) == len(set(rooms)) and set(rooms) == there, "the README's table of rooms names each one once"
+    order = {room.strip("/"): i for i, room in enumerate(rooms)}
+    for file in package.rglob("*.py"):
+        parts = file.relative_to(package).parts
+        if parts == ("__init__.py",):  # the package's own names come from all rooms
+            continue
+        room = parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts):  # reaches out of the room
+                for other in [node.module.split(".")[0]] if node.module else [name.name for name in node.names]:
+                    assert order[other] < order[room], f"{file}:{node.lineno} imports {other}: not above {room}"

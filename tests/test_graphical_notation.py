@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, sys.argv[2])
 from pictures import clashes
 
-from tensorlens_utils import drawing
+from tensorlens_utils.notation import drawing
 
 page, drawn = drawing.page, []
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from families import FAMILIES as MODELS
 
-from tensorlens_utils import load_model, world
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_checks import (
+from tensorlens_utils import load_model
+from tensorlens_utils.data import world
+from tensorlens_utils.lenses import unembedding
+from tensorlens_utils.lenses.checks import (
     _matched,
     ablation,
     added,
@@ -22,9 +23,9 @@ from tensorlens_utils.lens_checks import (
     steering,
     together,
 )
-from tensorlens_utils.lens_families import Moments
-from tensorlens_utils.lens_training import train
-from tensorlens_utils.lenses import unembedding
+from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import train
 
 NAMES = [(layer, head) for layer in range(2) for head in range(4)]  # d = 4 each
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from tensorlens_utils import load_data, load_model, world
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_exploring import explore_heads
-from tensorlens_utils.lens_families import Moments
-from tensorlens_utils.lens_training import train
+from tensorlens_utils import load_data, load_model
+from tensorlens_utils.data import world
 from tensorlens_utils.lenses import unembedding
+from tensorlens_utils.lenses.exploring import explore_heads
+from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import train
 
 TEXTS = ["the capital of france is", "the capital of peru is"]
 

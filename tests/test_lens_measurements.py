@@ -12,10 +12,10 @@ import torch
 from measurements.lenses import HELD_OUT, STEPS, STORIES, TEXT, real, rounded, tiny
 
 from tensorlens_utils import load_model
-from tensorlens_utils.heads import Heads
 from tensorlens_utils.intervals import interval
-from tensorlens_utils.lens_data import Rows
-from tensorlens_utils.lens_training import train
+from tensorlens_utils.lenses.data import Rows
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import train
 
 MEASURED = json.loads((Path(__file__).parent / "measurements" / "lenses.json").read_text(encoding="utf-8"))
 

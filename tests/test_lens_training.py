@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tensorlens_utils import load_data, load_model, world
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_data import Examples, Rows
-from tensorlens_utils.lens_families import FAMILIES
-from tensorlens_utils.lens_training import train
-from tensorlens_utils.regression import OBJECTIVES
+from tensorlens_utils import load_data, load_model
+from tensorlens_utils.data import world
+from tensorlens_utils.lenses.data import Examples, Rows
+from tensorlens_utils.lenses.families import FAMILIES
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.regression import OBJECTIVES
+from tensorlens_utils.lenses.training import train
 
 # Runs of 24 steps, a state at every third: undisturbed, killed three times, and by two processes. Those are forked from
 # one process that has everything imported, so that they start at once.
@@ -28,8 +29,8 @@ import multiprocessing
 import torch
 from accelerate import Accelerator, debug_launcher
 from tensorlens_utils import load_model
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_training import _Run, train
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import _Run, train
 
 torch.set_num_threads(1)
 folder, step = sys.argv[1], _Run.step
@@ -117,7 +118,7 @@ def test_every_family_learns_and_starts_from_more_than_the_unigram(family):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_is_what_training_makes_small(objective):
-    from tensorlens_utils.regression import losses
+    from tensorlens_utils.lenses.regression import losses
 
     heads, batches = case()
     seen = [heads.capture(batch) for batch in batches]
@@ -148,7 +149,7 @@ def test_captured_batches_and_inputs_give_the_same_lenses():
 
 
 def test_moments_from_another_run_are_taken_as_they_are():
-    from tensorlens_utils.lens_families import Moments
+    from tensorlens_utils.lenses.families import Moments
 
     heads, batches = case()
     m = Moments()

@@ -10,13 +10,14 @@ from families import FAMILIES as MODELS
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tensorlens_utils import load_data, load_model, regression, world
-from tensorlens_utils.heads import Heads, replaced
-from tensorlens_utils.lens_data import Examples
-from tensorlens_utils.lens_families import FAMILIES, Full, Moments
-from tensorlens_utils.lens_training import train
-from tensorlens_utils.lenses import Lens, bias_only, load_lens, unembedding
-from tensorlens_utils.regression import OBJECTIVES, ROWS, blocks, damped, gradient, losses
+from tensorlens_utils import load_data, load_model
+from tensorlens_utils.data import world
+from tensorlens_utils.lenses import Lens, bias_only, load_lens, regression, unembedding
+from tensorlens_utils.lenses.data import Examples
+from tensorlens_utils.lenses.families import FAMILIES, Full, Moments
+from tensorlens_utils.lenses.heads import Heads, replaced
+from tensorlens_utils.lenses.regression import OBJECTIVES, ROWS, blocks, damped, gradient, losses
+from tensorlens_utils.lenses.training import train
 
 EVERY = slice(None)
 
@@ -406,7 +407,7 @@ def test_a_lens_is_refused_by_a_model_that_it_does_not_fit(tmp_path):
 @pytest.mark.parametrize(("name", "data", "column"), [("tiny-bert", "reviews", "text"),
                                                       ("tiny-vit", "digits", "image")])
 def test_lenses_into_class_labels(name, data, column):
-    from tensorlens_utils.lens_data import Examples
+    from tensorlens_utils.lenses.data import Examples
 
     model, processor = load_model(name)
     batches = [*Examples(load_data(data, "train").select(range(160)), processor, 32, column)]

@@ -12,7 +12,7 @@ from families import FAMILIES
 from torch import nn
 
 from tensorlens_utils.linearize import linearize, linearize_function
-from tensorlens_utils.values import UnsupportedOperation
+from tensorlens_utils.linearize.values import UnsupportedOperation
 
 # ------------------------------------------------------------------------------------------------- nothing left changed
 

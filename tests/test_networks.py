@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from families import FAMILIES, UNSUPPORTED, tolerance
 from pictures import clashes
 
-from tensorlens_utils import linearize, linearize_function, load_model, reading
+from tensorlens_utils import linearize, linearize_function, load_model
 from tensorlens_utils.data import RUNNING_SENTENCE
-from tensorlens_utils.drawing import page
-from tensorlens_utils.networks import diagram_of
+from tensorlens_utils.notation import reading
+from tensorlens_utils.notation.drawing import page
+from tensorlens_utils.notation.networks import diagram_of
 
 IDS = torch.tensor([[1, 5, 9, 3, 7, 5, 9, 3]])
 PARALLEL = {"gptj", "gpt_neox", "falcon", "phi", "cohere"}  # attention and MLP side by side: one sum in each block

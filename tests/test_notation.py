@@ -6,10 +6,10 @@ import pytest
 import torch
 from pictures import numbers, showcase
 
-from tensorlens_utils.decompositions import train
-from tensorlens_utils.drawing import describe, draw, stages
 from tensorlens_utils.notation import Diagram, Node, bubble, diagram
-from tensorlens_utils.printing import _identifiers, code
+from tensorlens_utils.notation.decompositions import train
+from tensorlens_utils.notation.drawing import describe, draw, stages
+from tensorlens_utils.notation.printing import _identifiers, code
 
 A, B = numbers(2, 3), numbers(3, 4)
 PRODUCT = diagram("i j, j k -> i k", A=A, B=B)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from dense import TANGENT, W2, D, W, X, close, noise, operator
 
 from tensorlens_utils.linearize import linearize_function
-from tensorlens_utils.values import UnsupportedOperation
+from tensorlens_utils.linearize.values import UnsupportedOperation
 
 
 def _add_after_sigmoid(x, inplace):

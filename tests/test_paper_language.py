@@ -18,10 +18,10 @@ from paper import ROOT, lay_out_wikitext, outputs, paper_series
 
 from tensorlens_utils import load_data, load_model
 from tensorlens_utils.baselines import METHODS as RIVALS
-from tensorlens_utils.batches import answers
 from tensorlens_utils.collapse import METHODS
 from tensorlens_utils.notebooks import Series
 from tensorlens_utils.perturbation import evaluate
+from tensorlens_utils.perturbation.batches import answers
 from tensorlens_utils.results import read
 
 NAME = "05_language_perturbation"

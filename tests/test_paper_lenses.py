@@ -23,11 +23,11 @@ from paper import ROOT, outputs, paper_series
 from safetensors import safe_open
 
 from tensorlens_utils import load_data, load_model
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_data import Rows
-from tensorlens_utils.lens_families import FAMILIES
-from tensorlens_utils.lens_training import train
 from tensorlens_utils.lenses import load_lens
+from tensorlens_utils.lenses.data import Rows
+from tensorlens_utils.lenses.families import FAMILIES
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import train
 from tensorlens_utils.notebooks import Series
 
 NAME = "07_attention_lens"

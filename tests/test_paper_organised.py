@@ -21,7 +21,7 @@ from tensorlens_utils import load_data, load_model
 from tensorlens_utils.haar import Haar
 from tensorlens_utils.notebooks import Series
 from tensorlens_utils.patterns import capture
-from tensorlens_utils.questionnaire import questionnaire
+from tensorlens_utils.trees.questionnaire import questionnaire
 
 NAME = "08_haar_sparsity"
 pytestmark = pytest.mark.usefixtures("environment")

@@ -19,9 +19,9 @@ from paper import ROOT, lay_out_wikitext, outputs, paper_series
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tensorlens_utils import load_model
-from tensorlens_utils.faithfulness import evaluate_relations
 from tensorlens_utils.notebooks import Series
 from tensorlens_utils.relations import load_relations
+from tensorlens_utils.relations.faithfulness import evaluate_relations
 from tensorlens_utils.results import read
 
 NAME = "06_relation_decoding"

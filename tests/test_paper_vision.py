@@ -22,7 +22,7 @@ from PIL import Image
 from tensorlens_utils import explain, linearize, load_data, load_model
 from tensorlens_utils.baselines import METHODS as RIVALS
 from tensorlens_utils.collapse import METHODS, class_map, collapsed, in_out_map
-from tensorlens_utils.drivers import by_source, by_writer
+from tensorlens_utils.collapse.drivers import by_source, by_writer
 from tensorlens_utils.notebooks import Series
 from tensorlens_utils.results import read
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tensorlens_utils.haar import Haar
-from tensorlens_utils.paraproducts import folder_means, paraproduct, partitions, telescoped
-from tensorlens_utils.sparsity import holder
+from tensorlens_utils.haar.paraproducts import folder_means, paraproduct, partitions, telescoped
+from tensorlens_utils.haar.sparsity import holder
 from tensorlens_utils.trees import Tree
 
 NONLINEAR = {"exp": torch.exp, "tanh": torch.tanh, "gaussian": lambda x: torch.exp(-x.square()),

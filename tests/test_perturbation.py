@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 from tensorlens_utils import baselines, collapse, load_data, load_model
 from tensorlens_utils.intervals import interval
 from tensorlens_utils.perturbation import ERASER_BINS, area, band, compare, curves, eraser, evaluate, removals
-from tensorlens_utils.removers import REMOVERS, removable
+from tensorlens_utils.perturbation.removers import REMOVERS, removable
 from tensorlens_utils.results import Table, read
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.8, 1.0)

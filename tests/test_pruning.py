@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tensorlens_utils import load_data, load_model
+from tensorlens_utils.data.world import HELD_OUT, Text
 from tensorlens_utils.haar import Haar
-from tensorlens_utils.patterns import capture
-from tensorlens_utils.pruning import (
+from tensorlens_utils.haar.pruning import (
     coefficient_scores,
     cross_entropy,
     error,
@@ -16,9 +16,9 @@ from tensorlens_utils.pruning import (
     pruned_coefficients,
     pruned_heads,
 )
-from tensorlens_utils.sparsity import l1_entropy
+from tensorlens_utils.haar.sparsity import l1_entropy
+from tensorlens_utils.patterns import capture
 from tensorlens_utils.trees import Tree
-from tensorlens_utils.world import HELD_OUT, Text
 
 HAAR = Haar(Tree.random(17, 0), Tree.random(17, 1))
 

@@ -7,10 +7,10 @@ import torch
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import pdist, squareform
 
-from tensorlens_utils import questionnaire as room
-from tensorlens_utils.growing import binary_tree, cosine, flexible_tree, from_distances, gaussian, linkage_tree
-from tensorlens_utils.questionnaire import distances, folder_means, plant, questionnaire
 from tensorlens_utils.trees import Tree
+from tensorlens_utils.trees import questionnaire as room
+from tensorlens_utils.trees.growing import binary_tree, cosine, flexible_tree, from_distances, gaussian, linkage_tree
+from tensorlens_utils.trees.questionnaire import distances, folder_means, plant, questionnaire
 
 NESTED = [((4, 8, 16), (64, 64, 64)), ((4, 8, 16), (80, 64, 24)), ((3, 9, 27), (54, 81, 60))]
 

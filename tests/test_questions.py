@@ -6,11 +6,11 @@ import pytest
 import torch
 from pictures import clashes
 
-from tensorlens_utils.drawing import page
-from tensorlens_utils.geometry import tangles
+from tensorlens_utils.notation.drawing import page
+from tensorlens_utils.notation.geometry import tangles
+from tensorlens_utils.notation.questions import KINDS, _orders, question, sheet
 from tensorlens_utils.notebooks import exercise
 from tensorlens_utils.plotting import PAGE_WIDTH
-from tensorlens_utils.questions import KINDS, _orders, question, sheet
 
 
 def hundred(kind):

@@ -15,10 +15,10 @@ import transformers
 from measurements.stories260K import FRACTIONS, LENGTH, METHODS, STORIES, TASKS, measure, model_and_stories
 
 from tensorlens_utils import linearize
-from tensorlens_utils.batches import answers
 from tensorlens_utils.collapse import class_map
-from tensorlens_utils.evidence import areas, evaluate_evidence, load_rationales
 from tensorlens_utils.perturbation import compare
+from tensorlens_utils.perturbation.batches import answers
+from tensorlens_utils.perturbation.evidence import areas, evaluate_evidence, load_rationales
 
 MEASURED = json.loads((Path(__file__).parent / "measurements" / "stories260K.json").read_text(encoding="utf-8"))
 FILES = [("SST", 263), ("dynasent", 471)]  # texts for whose label some annotator gave a rationale

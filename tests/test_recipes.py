@@ -12,12 +12,12 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from tensorlens_utils import models, training
+from tensorlens_utils import models
 from tensorlens_utils.data import digit_text, load_data
 from tensorlens_utils.models import card, checkpoints, load_model, zoo
-from tensorlens_utils.recipes import RECIPES, digits
+from tensorlens_utils.recipes import RECIPES, digits, training
 from tensorlens_utils.recipes.__main__ import main
-from tensorlens_utils.training import average, ship, train
+from tensorlens_utils.recipes.training import average, ship, train
 
 FLOOR = {"tiny-vit": 0.96, "tiny-preln": 0.93, "tiny-postln": 0.93}
 

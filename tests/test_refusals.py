@@ -6,10 +6,9 @@ import torch.nn.functional as F
 from dense import TANGENT, W2, C, D, L, N, Toy, W, X, close, inplace, jacobian, mask, noise, operator, rowwise
 from torch import nn
 
-from tensorlens_utils import rules
-from tensorlens_utils.linearize import linearize, linearize_function
-from tensorlens_utils.rules import REGISTERED, elementwise, linear, register_rule
-from tensorlens_utils.values import Call, UnsupportedOperation
+from tensorlens_utils.linearize import linearize, linearize_function, rules
+from tensorlens_utils.linearize.rules import REGISTERED, elementwise, linear, register_rule
+from tensorlens_utils.linearize.values import Call, UnsupportedOperation
 
 # ------------------------------------------------------------------------------------------ raise, never silently wrong
 

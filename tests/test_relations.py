@@ -8,7 +8,7 @@ import pytest
 
 from tensorlens_utils import load_model
 from tensorlens_utils.relations import Relation, Sample, load_relations, world_relations
-from tensorlens_utils.subjects import encode
+from tensorlens_utils.relations.subjects import encode
 
 GOOD = {"name": "country capital", "prompt_templates": ["The capital of {} is"],
         "prompt_templates_zs": ["What is the capital of {}? It is"],

@@ -8,11 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from tensorlens_utils import reviews as room
+from tensorlens_utils.data import reviews as room
+from tensorlens_utils.data.reviews import GRAMMAR, KINDS, LABELS, WORDS, reviews, unseen, vocabulary
 from tensorlens_utils.models import card, load_model
 from tensorlens_utils.recipes.reviews import LENGTH, RECIPES, measure
-from tensorlens_utils.reviews import GRAMMAR, KINDS, LABELS, WORDS, reviews, unseen, vocabulary
-from tensorlens_utils.training import train
+from tensorlens_utils.recipes.training import train
 
 RECIPE, = RECIPES
 POLARITY = {word: label for lists in GRAMMAR["polar"].values() for label, name in enumerate(LABELS)

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from dense import EYE, TANGENT, W2, C, D, L, N, W, X, apply, close, inplace, jacobian, mask, noise, operator, rowwise
 
-from tensorlens_utils import rules
-from tensorlens_utils.linearize import linearize_function
+from tensorlens_utils.linearize import linearize_function, rules
 
 # ---------------------------------------------------------------------------------------------- affine maps: themselves
 

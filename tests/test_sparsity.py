@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tensorlens_utils.haar import Haar, largest
-from tensorlens_utils.sparsity import (
+from tensorlens_utils.haar.sparsity import (
     besov,
     dct,
     energy,

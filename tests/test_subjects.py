@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tensorlens_utils import linearize, load_model
 from tensorlens_utils.costs import peak_gigabytes
-from tensorlens_utils.decoders import examples_of, fit
 from tensorlens_utils.models import n_blocks, word_tokenizer
 from tensorlens_utils.relations import Relation, Sample, world_relations
-from tensorlens_utils.subjects import FROZEN, TANGENT, Asked, Head, encode
+from tensorlens_utils.relations.decoders import examples_of, fit
+from tensorlens_utils.relations.subjects import FROZEN, TANGENT, Asked, Head, encode
 from tests.families import FAMILIES, FLOAT32, V
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}

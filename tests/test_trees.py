@@ -8,7 +8,8 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import spearmanr
 
-from tensorlens_utils.growing import (
+from tensorlens_utils.trees import Tree
+from tensorlens_utils.trees.growing import (
     _groups,
     binary_tree,
     cosine,
@@ -18,7 +19,6 @@ from tensorlens_utils.growing import (
     gaussian,
     linkage_tree,
 )
-from tensorlens_utils.trees import Tree
 
 RANDOM = [Tree.random(n, seed) for seed in range(40) for n in (1, 2, 3, 5, 17, 40)]
 GROWN = [linkage_tree, flexible_tree, binary_tree]

@@ -6,10 +6,11 @@ import random
 import pytest
 import torch
 
-from tensorlens_utils import recipes, world
+from tensorlens_utils import recipes
+from tensorlens_utils.data import world
 from tensorlens_utils.models import card, load_model
+from tensorlens_utils.recipes.training import share, train
 from tensorlens_utils.recipes.world import recalled
-from tensorlens_utils.training import share, train
 
 MODELS, RECALL = [recipe.name for recipe in recipes.world.RECIPES], 0.95
 FACTS = [(relation, subject, object_) for relation in world.relations().values()

@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 
 from ..models import ZOO
-from ..training import begin_worker, ship
 from . import RECIPES
+from .training import begin_worker, ship
 
 
 def main(arguments: list[str] | None = None) -> int:

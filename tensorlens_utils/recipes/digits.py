@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import digit_text, load_data
 from ..models import word_tokenizer
-from ..training import Recipe, share
+from .training import Recipe, share
 
 PIXEL_MEAN, PIXEL_STD = 0.305, 0.376  # of intensity / 16 over the training digits; a pixel value of 0 is the mean grey
 BASELINES = {"black": -PIXEL_MEAN / PIXEL_STD, "grey": 0.0}  # what a masked patch holds: intensity 0, or the mean

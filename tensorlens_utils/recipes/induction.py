@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import word_tokenizer
-from ..training import Recipe, average
+from .training import Recipe, average
 
 WORDS = [consonant + vowel for consonant in "bdfghklmnprst" for vowel in "aeiou"]
 LENGTH = 64  # words in a sequence; <s> stands before them

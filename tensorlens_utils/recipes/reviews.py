@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.reviews import LABELS, SENTENCES, reviews, unseen, vocabulary
 from ..models import word_tokenizer
-from ..reviews import LABELS, SENTENCES, reviews, unseen, vocabulary
-from ..training import Recipe, share
+from .training import Recipe, share
 
 LENGTH = 64  # tokens, of which a review fills at most 50: its words between a class token and a separator
 CHANNELS = 64

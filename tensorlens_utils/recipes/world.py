@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import world
-from ..training import Recipe, average, share
+from ..data import world
 from .induction import induction_scores
+from .training import Recipe, average, share
 
 WIDTH, LAYERS, HEADS = 128, 4, 8
 BATCH, RATE = 8, 3e-3  # small batches: facts are learned in fewer tokens

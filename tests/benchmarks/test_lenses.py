@@ -32,10 +32,10 @@ import transformers
 from torch import nn
 
 from tensorlens_utils.costs import machine, peak_gigabytes, seconds
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_families import Full
-from tensorlens_utils.lens_training import _Run, train
 from tensorlens_utils.lenses import fits
+from tensorlens_utils.lenses.families import Full
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import _Run, train
 
 LAYERS, V, D, d = 12, 50257, 768, 64
 PARTS = 6  # of which one is held

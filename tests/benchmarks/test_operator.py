@@ -104,7 +104,7 @@ def test_memory_of_the_slice_is_bounded_by_the_chunk(benchmark, device, gpt2):
 
 def test_long_sequence_keeps_no_attention_pattern(benchmark, device, gpt2):
     """At L = 1024 the patterns of 12 layers are recomputed by tiles where they would take more than ``rules.TILE``."""
-    from tensorlens_utils import rules
+    from tensorlens_utils.linearize import rules
 
     x, old = ids(1024, device), rules.TILE
 

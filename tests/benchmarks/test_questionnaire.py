@@ -12,9 +12,9 @@ import torch
 from scipy.spatial.distance import pdist
 
 from tensorlens_utils.costs import machine, peak_gigabytes, seconds
-from tensorlens_utils.growing import binary_tree, flexible_tree, from_distances, linkage_tree
-from tensorlens_utils.questionnaire import distances, folder_means, plant, questionnaire
 from tensorlens_utils.trees import Tree
+from tensorlens_utils.trees.growing import binary_tree, flexible_tree, from_distances, linkage_tree
+from tensorlens_utils.trees.questionnaire import distances, folder_means, plant, questionnaire
 
 BAR = 3200  # 10 s at 320 GF/s
 

@@ -15,7 +15,7 @@ import transformers
 
 from tensorlens_utils.costs import peak_gigabytes, seconds
 from tensorlens_utils.linearize import crossings
-from tensorlens_utils.subjects import FROZEN, TANGENT, _Cut
+from tensorlens_utils.relations.subjects import FROZEN, TANGENT, _Cut
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 D, BLOCKS, L, SOME = 1600, 6, 40, 128

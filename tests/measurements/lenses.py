@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from tensorlens_utils import load_model, world
-from tensorlens_utils.heads import Heads
-from tensorlens_utils.lens_checks import ablation, by_text, together
-from tensorlens_utils.lens_data import Rows
-from tensorlens_utils.lens_families import Moments
-from tensorlens_utils.lens_training import train
+from tensorlens_utils import load_model
+from tensorlens_utils.data import world
 from tensorlens_utils.lenses import bias_only, unembedding
+from tensorlens_utils.lenses.checks import ablation, by_text, together
+from tensorlens_utils.lenses.data import Rows
+from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.training import train
 
 HERE = Path(__file__).resolve()
 DATA = Path(os.environ.get("TENSORLENS_DATA") or HERE.parents[2].parent / "shared" / "data")

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from scipy.cluster.hierarchy import linkage
 
-from tensorlens_utils.growing import flexible_tree
-from tensorlens_utils.questionnaire import plant, questionnaire
 from tensorlens_utils.trees import Tree
+from tensorlens_utils.trees.growing import flexible_tree
+from tensorlens_utils.trees.questionnaire import plant, questionnaire
 
 OUT = Path(__file__).resolve().with_suffix(".json")
 COUNTS, LEVELS, SEEDS = (4, 8, 16), (None, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0), 6

@@ -1,0 +1,343 @@
+"""From subject to object inside a model: the states of prompts, and the block of T that leads from one to the other.
+
+A prompt names a subject, whose last token stands at position p. Its state s is row p of what crosses a boundary h; o is
+the last row of what leaves the last block, before the final norm. Cut the model at the subject: with what stands before
+it kept as keys and values, o is a function of the vector s alone, and linearised it is
+
+    o = T_h·s + B_h        T_h = T[last, :, p, :]  (d, d), at = h, to = n_blocks        (TensorLens, §3; LRE, §3)
+
+All frozen, T_h is TensorLens's decoder; all tangent it is the Jacobian ∂o/∂s, LRE's. B_h holds T's bias and what all
+other rows of boundary h contribute. One backward pass of K cotangents gives K rows of T_h for every boundary at once,
+and meets no token before the subject.
+
+>>> from tensorlens_utils import load_model
+>>> from tensorlens_utils.relations import world_relations
+>>> model, tokenizer = load_model("tiny-gpt")
+>>> capital = world_relations()["country_capital"]
+>>> asked = Asked(model, tokenizer, [capital.prompt(sample) for sample in capital.samples[:2]])
+>>> tokenizer.decode(asked.logits.argmax(-1))
+'paris berlin'
+>>> asked.s.shape, asked.o.shape
+(torch.Size([4, 2, 128]), torch.Size([2, 128]))
+>>> W = asked.matrices([1])[1]
+>>> W.shape, bool((asked.operator(1).matvec(asked.s[1, :1]) - (W @ asked.s[1, 0]).mean(0)).abs().max() < 1e-3)
+(torch.Size([2, 128, 128]), True)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..linearize import crossings, linearize_function, untouched
+from ..models import find_blocks, n_blocks
+from ..tensor import AttentionTensor
+from . import Prompt
+
+FROZEN: dict[str, str] = {}  # TensorLens's rules, the defaults
+TANGENT = {"attention": "tangent", "norm": "tangent", "activation": "tangent", "gate": "tangent"}  # LRE's: the Jacobian
+
+
+# ------------------------------------------------------------------------------------------------------- the prompts
+
+
+def encode(tokenizer, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+    """The token ids of each prompt, and where the last token of its subject stands. A tokenizer that has a token for
+    the beginning, but does not put it, has it put (as LRE does with GPT-2's).
+
+    Raises ValueError for a tokenizer that does not tell which characters its tokens stand for.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("a subject's last token is found by the characters that tokens stand for, which only a fast "
+                         f"tokenizer tells, and {type(tokenizer).__name__} is none: load it with use_fast=True")
+    found = []
+    for prompt in prompts:
+        coded = tokenizer(prompt.text, return_offsets_mapping=True)
+        ids, last = coded["input_ids"], prompt.end - 1
+        at = max(i for i, (start, end) in enumerate(coded["offset_mapping"]) if start <= last < end)
+        if tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id:
+            ids, at = [tokenizer.bos_token_id, *ids], at + 1
+        found.append((ids, at))
+    return found
+
+
+class Asked:
+    """n prompts put to a language model, and cut at their subjects.
+
+    Args:
+        model, tokenizer: of a language model; with keys and values to be kept, as nearly all have, no pass meets a
+            token before the subject again; any other is run whole.
+        prompts: of `relations.Relation.prompt`.
+        steps: at how many positions o is read: the prompt's last one, and then those of the model's own next tokens,
+            which are appended (for objects of several tokens, and longer answers).
+
+    Attributes:
+        s: (n_blocks, n, d), the subjects' states at boundaries 0, 1, ...; o: (n, d), or (n, steps, d) with more steps;
+        logits: (n, words) or (n, steps, words), the model's own; ids: each prompt's tokens, the appended ones too;
+        position: each subject's last token's.
+
+    Raises ValueError for no prompt, for a slow tokenizer and for prompts that are longer than the model reads.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, prompts: Sequence[Prompt], steps: int = 1):
+        if not prompts:
+            raise ValueError("a model is asked one prompt or more, and here is none")
+        coded, self.model, self.steps = encode(tokenizer, prompts), model, steps
+        self.position, longest = [p for _, p in coded], max(len(ids) for ids, _ in coded) + steps - 1
+        config = getattr(model, "config", None)
+        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or longest
+        if longest > most:
+            raise ValueError(f"a prompt and its steps fit into the {most} tokens that the model reads, and here are "
+                             f"{longest}: give it fewer examples, or fewer steps")
+        groups: dict[tuple[int, int], list[int]] = {}  # prompts of one length whose subjects end at one place
+        for i, (ids, p) in enumerate(coded):
+            groups.setdefault((len(ids), p), []).append(i)
+        self.groups = [(torch.tensor(rows), _Cut(model, [coded[i][0] for i in rows], p, steps))
+                       for (_, p), rows in groups.items()]  # fmt: skip
+        self.head = Head(model)
+        tokens = {i: row for rows, cut in self.groups for i, row in zip(rows.tolist(), cut.ids, strict=True)}
+        self.ids = [tokens[i] for i in range(len(prompts))]
+        with untouched(model), torch.no_grad():
+            self.o = self._gather(cut.forward() for _, cut in self.groups)
+        self.s = torch.stack([self._gather(cut.states[k][:, cut.row] for _, cut in self.groups)
+                              for k in range(n_blocks(model))])  # fmt: skip
+
+    def _gather(self, parts: Iterable[Tensor]) -> Tensor:
+        """What each group gives, put together in the order of the prompts."""
+        found = torch.cat([*parts])
+        return found[torch.cat([rows for rows, _ in self.groups]).argsort().to(found.device)]
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        return self.head(self.o)
+
+    @torch.no_grad()
+    def answer(self, s: Tensor, layer: int) -> Tensor:
+        """o, (n, d) or (n, steps, d), with the subjects' states at boundary `layer` replaced by s (n, d)."""
+        with untouched(self.model):
+            return self._gather(cut.entering(layer).forward(s[rows]) for rows, cut in self.groups)
+
+    def tensors(self, layer: int, **rules: str) -> list[AttentionTensor]:
+        """For the prompts of each length, T (N, d, d), or (N, steps, d, d), as an operator from their states at
+        boundary `layer`; `rules` as in `linearize`."""
+        return [linearize_function(cut.entering(layer), self.s[layer][rows], **rules) for rows, cut in self.groups]
+
+    def matrices(self, layers: Sequence[int], step: int = 0, chunk: int | None = None,
+                 **rules: str) -> dict[int, Tensor]:  # fmt: skip
+        """The block of T from each subject to the last position, or to the one `step` steps on, at each of these
+        boundaries: {layer: (n, d, d)}, by d cotangents.
+
+        All boundaries share the passes, since what goes back to the first meets the others on its way. `chunk`
+        cotangents go back together, which bounds the memory (None: as many as pay); `rules` are those of `linearize`.
+        """
+        pulled = [cut.pulled(self.s[min(layers)][rows], layers, step, chunk, rules) for rows, cut in self.groups]
+        return {k: self._gather(parts) for k, parts in zip(layers, zip(*pulled, strict=True), strict=True)}
+
+    def operator(self, layer: int, **rules: str) -> Mean:
+        """The mean block of T at boundary `layer`, never formed."""
+        return Mean(self.tensors(layer, **rules))
+
+
+class _Cut(nn.Module):
+    """N prompts of one length, cut at their subjects, which end at `position`: o as a function of s (N, d).
+
+    What stands before the subject runs once, and what all prompts begin with once for all. Behind it the rows go in
+    two calls, those before the last position and those from it on, so that a cotangent of o meets of the last block
+    only what the last position reads.
+    """
+
+    def __init__(self, model: nn.Module, ids: Sequence[Sequence[int]], position: int, steps: int):
+        super().__init__()
+        self.model, self.layer, self.steps = model, 0, steps
+        self.ids = torch.tensor(ids, device=next(model.parameters()).device)
+        with torch.no_grad():
+            for _ in range(steps - 1):
+                following = model(self.ids, **uncached(model)).logits[:, -1].argmax(-1)
+                self.ids = torch.cat([self.ids, following[:, None]], 1)
+            self.prefix = self._keys_and_values(position)
+        first, last = 0 if self.prefix is None else position, len(ids[0]) - 1
+        self.row, stop = position - first, self.ids.shape[1]
+        cuts = [first, stop] if self.prefix is None or last == first else [first, last, stop]
+        self.calls = [slice(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
+        self.last = last - self.calls[-1].start
+
+    def _keys_and_values(self, position: int):
+        """What the model keeps of the tokens before the subject; None where it keeps no keys and values."""
+        from transformers import DynamicCache
+
+        ids, n = self.ids[:, :position], 0
+        first = self.model.base_model(self.ids[:1, :1], **dict.fromkeys(uncached(self.model), True))
+        if not isinstance(getattr(first, "past_key_values", None), DynamicCache):
+            return None
+        while n < position and (ids[:, n] == ids[0, n]).all():
+            n += 1
+        kept = DynamicCache(config=self.model.config)
+        if n:
+            kept = self._run(ids[:1, :n], kept).past_key_values
+        if n and len(ids) > 1:
+            kept.batch_repeat_interleave(len(ids))
+        return kept if n == position else self._run(ids[:, n:], kept).past_key_values
+
+    def _run(self, ids: Tensor, kept):
+        cache = uncached(self.model) if kept is None else {"past_key_values": kept, "use_cache": True}
+        return self.model.base_model(ids, **cache)
+
+    def entering(self, layer: int) -> _Cut:
+        """Itself, s being what stands at boundary `layer`."""
+        if layer not in range(n_blocks(self.model)):
+            raise ValueError(f"a subject's state is replaced at a boundary before a block, 0 to "
+                             f"{n_blocks(self.model) - 1}; not at {layer!r}")
+        self.layer = layer
+        return self
+
+    def forward(self, s: Tensor | None = None) -> Tensor:
+        """o, (N, d) or (N, steps, d); without an s, with the states that the model has. What crossed the boundaries
+        with the subject is in `states`, o in `o`, each in its graph."""
+        kept, n = copy.deepcopy(self.prefix), n_blocks(self.model)  # a cache grows with every call: each has its own
+        self.states = {}
+
+        def meet(k: int, hidden: Tensor) -> Tensor:
+            if call is self.calls[0] and k < n:
+                if s is not None and k == self.layer:
+                    rows = [hidden[:, : self.row], s[:, None], hidden[:, self.row + 1 :]]
+                    hidden = torch.cat([x for x in rows if x.shape[1]], 1)
+                self.states[k] = hidden
+            if call is self.calls[-1] and k == n:
+                self.o = hidden[:, self.last : self.last + self.steps]
+            return hidden
+
+        with crossings(self.model, meet), _Parted() if s is not None and s.requires_grad else nullcontext():
+            for call in self.calls:
+                self._run(self.ids[:, call], kept)
+        self.o = self.o[:, 0] if self.steps == 1 else self.o
+        return self.o
+
+    def pulled(self, s: Tensor, layers: Sequence[int], step: int, chunk: int | None, rules: dict[str, str],
+               n: int | None = None) -> list[Tensor]:  # fmt: skip
+        """The first n rows, or all, of T's block at each of these boundaries: (N, n, d) each, T taken at s."""
+        T = linearize_function(self.entering(min(layers)), s, **rules)
+        states, o, parts = [self.states[k] for k in layers], self.o if self.steps == 1 else self.o[:, step], []
+        chunk = chunk or max(T.chunk // 4, -(-128 // len(s)))  # small enough for the cache, or 128 rows of products
+        with torch.enable_grad():
+            for U in torch.eye(o.shape[-1], dtype=o.dtype, device=o.device)[:n].split(chunk):
+                U = U[:, None].expand(-1, len(s), -1)
+                back = torch.autograd.grad(o, states, U, retain_graph=True, is_grads_batched=True)
+                parts.append([x[:, :, self.row] for x in back])
+        self.states, self.o = {}, None  # and with them the graph
+        return [torch.cat(found).transpose(0, 1) for found in zip(*parts, strict=True)]
+
+
+class _Parted(TorchFunctionMode):
+    """Inside, a product x·W + b that is split at once, as GPT-2's into q, k and v, is made anew for each part: where q
+    and k are held constant, a cotangent then passes W's columns for v alone, and not a third of a product of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = WeakIdKeyDictionary()  # what came out whole: b, x, W, and the version of x then
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out, name, kwargs = func(*args, **(kwargs or {})), func.__name__, kwargs or {}
+        whole = self.products.get(args[0]) if args and isinstance(args[0], Tensor) else None
+        if func is torch.addmm and len(args) == 3 and not kwargs:
+            self.products[out] = (*args, args[1]._version)
+        elif whole is not None and name in ("view", "reshape") and out.shape[-1] == args[0].shape[-1]:
+            self.products[out] = whole
+        elif whole is not None and name in ("split", "chunk") and sum(x.shape[-1] for x in out) == whole[2].shape[1]:
+            b, x, W, version = whole
+            if x._version == version and args[0]._version == 0:
+                ends = [0, *itertools.accumulate(part.shape[-1] for part in out)]
+                return tuple(torch.addmm(b[i:j], x, W[:, i:j]).view(part.shape)
+                             for part, i, j in zip(out, ends, ends[1:], strict=False))  # fmt: skip
+        return out
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    """What a model is called with that it keeps nothing of what it reads."""
+    return {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+
+
+# ---------------------------------------------------------------------------------------------------------- the head
+
+
+class Head:
+    """A model's own final norm and head, live: o (..., d), what leaves the last block -> logits (..., words).
+
+    The model runs on one word, its blocks replaced by what hands o on, so that no family's norm or head is named.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.blocks, made = model, [*dict.fromkeys(find_blocks(model)[1])], []
+        hook = self.blocks[-1].register_forward_hook(lambda module, args, out: made.append(out))
+        try:
+            with torch.no_grad():
+                self._run(1)
+        finally:
+            hook.remove()
+        self.parts = None if isinstance(made[-1], Tensor) else len(made[-1])  # a block gives a tensor, or a tuple
+
+    def _run(self, n: int) -> Tensor:
+        config = self.model.config
+        word = int(getattr(config, "pad_token_id", None) == 0)  # any but padding, of which models warn
+        words = torch.full((n, 1), word, device=next(self.model.parameters()).device)
+        return self.model(words, **uncached(self.model)).logits[:, 0]
+
+    @torch.no_grad()
+    def __call__(self, o: Tensor) -> Tensor:
+        rows = o.reshape(-1, 1, o.shape[-1]).to(next(self.model.parameters()))
+        given = rows if self.parts is None else (rows, *[None] * (self.parts - 1))
+        before = {block: block.__dict__.get("forward") for block in self.blocks}
+        try:
+            for block in self.blocks:
+                block.forward = lambda *args, **kwargs: given
+            logits = self._run(len(rows))
+        finally:
+            for block, forward in before.items():
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(*o.shape[:-1], -1)
+
+
+# --------------------------------------------------------------------------------------------- the mean, matrix-free
+
+
+class Mean:
+    """W = (1/n) Σ_i T_i over n prompts, as an operator: products with W and Wᵀ, and W's leading singular triplets."""
+
+    def __init__(self, tensors: Sequence[AttentionTensor]):
+        self.tensors, self.n = tensors, sum(len(T.input) for T in tensors)
+
+    def matvec(self, V: Tensor) -> Tensor:
+        """W·v for k vectors: (k, d) -> (k, d), a replay each."""
+        return torch.stack([sum(T.matvec(v.expand_as(T.input)).sum(0) for T in self.tensors) for v in V]) / self.n
+
+    def rmatvec(self, U: Tensor) -> Tensor:
+        """uᵀ·W for k vectors: (k, d) -> (k, d), the k cotangents in one pass."""
+        return sum(T.rmatvec(U[:, None].expand(-1, *T.output.shape)).sum(1) for T in self.tensors) / self.n
+
+    def svd(self, rank: int, more: int = 8, rounds: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """W ≈ U·diag(S)·V: U (d, rank), S (rank,), V (rank, d), by random cotangents (Halko, Martinsson and Tropp 2011,
+        algorithms 4.4 and 5.1), `more` than the rank and refined in `rounds`; deterministic given the seed.
+
+        Raises ValueError for a rank that W has not.
+        """
+        X, Y = self.tensors[0].input, self.tensors[0].output
+        most = min(X.shape[-1], Y.shape[-1])
+        if not 1 <= rank <= most:
+            raise ValueError(f"a rank is in [1, {most}], the width of the model, not {rank}")
+        k = min(rank + more, most)
+        U = torch.randn(k, Y.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(Y)
+        Q = torch.linalg.qr(self.rmatvec(U).mT).Q
+        for _ in range(rounds):
+            U = torch.linalg.qr(self.matvec(Q.mT).mT).Q
+            Q = torch.linalg.qr(self.rmatvec(U.mT).mT).Q
+        U, S, V = torch.linalg.svd(self.matvec(Q.mT).mT, full_matrices=False)
+        return U[:, :rank], S[:rank], (V @ Q.mT)[:rank]
