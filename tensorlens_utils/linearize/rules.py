@@ -68,6 +68,10 @@ ADDENDS = {name: _addends(signature) for signature, names in {
     "input pad mode *value": "pad",
     "input weight *bias *running_mean": "batch_norm",
 }.items() for name in names.split()}  # fmt: skip
+# How many tensors, and the scalars that torch's deprecated order has between them: add(input, alpha, other) and
+# addmm(beta, input, alpha, a, b).
+SCALED = dict.fromkeys("add sub".split(), (2, ("alpha",)))
+SCALED |= dict.fromkeys("addmm addmv addbmm baddbmm".split(), (3, ("beta", "alpha")))
 # Matrix products: what comes out of one has passed no nonlinearity since.
 PRODUCTS = set(
     "matmul mm bmm mv dot inner outer tensordot einsum linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
@@ -126,6 +130,16 @@ def pointwise(rec, call: Call):
         out._tag.base, out._tag.fn = base, fn
         rec.based[out] = True
     return out
+
+
+def in_order(call: Call) -> Call:
+    """The call with its scalars by name, where they stand between the tensors."""
+    n, names = SCALED.get(call.name, (len(call.args), ()))
+    if len(call.args) <= n or not isinstance(call.args[-1], Tensor):
+        return call
+    scalars = [x for x in call.args if not isinstance(x, Tensor)]
+    tensors = tuple(x for x in call.args if isinstance(x, Tensor))
+    return replace(call, args=tensors, kwargs={**call.kwargs, **dict(zip(names, scalars, strict=False))})
 
 
 def two_factors(rec, call: Call) -> str:
