@@ -42,12 +42,13 @@ explore(*load_model("tiny-bert"), [{TEXT!r}], methods)"""
 DIGIT = """from tensorlens_utils import explore, load_data, load_model
 
 explore(*load_model("tiny-vit"), load_data("digits").select(range(3)))"""
-HEADS = """from tensorlens_utils import load_model, world
-from tensorlens_utils.lenses.heads import Heads
+HEADS = """from tensorlens_utils import load_model
+from tensorlens_utils.data import world
+from tensorlens_utils.lenses import unembedding
 from tensorlens_utils.lenses.exploring import explore_heads
 from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.heads import Heads
 from tensorlens_utils.lenses.training import train
-from tensorlens_utils.lenses import unembedding
 
 model, tokenizer = load_model("tiny-gpt")
 heads = Heads(model, tokenizer(["a"], return_tensors="pt"), tokenizer)
