@@ -36,7 +36,7 @@ class Patterns:
 
     logits          (N, layers, H, S, S): what softmax reads, before the mask. Where the mask forbids a key, the score
                     without whatever else was added together with the mask
-    probabilities   the same shape: what softmax gives, 0 where masked
+    probabilities   the same shape: what softmax gives, 0 where masked; in a padded query's row, whatever the model has
     output          the model's answer
     layers          the blocks that they are of: all, but in models that have other blocks too
     """
@@ -109,6 +109,9 @@ def capture(model: nn.Module, inputs, replace: Callable[[int, Tensor], Tensor] |
     Raises:
         ValueError: where a block has several attentions, or none has one of queries × keys.
     """
+    if not hasattr(inputs, "items"):
+        raise TypeError("a model is called with inputs by name, as a tokenizer or image processor gives them, such as "
+                        f'{{"input_ids": ids}}; not with a {type(inputs).__name__}')  # fmt: skip
     inputs, softmaxes = dict(inputs.items()), _Softmaxes(replace)
 
     def enter(module, args, kwargs):

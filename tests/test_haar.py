@@ -1,6 +1,7 @@
 """Haar bases on trees: against the vectors written down folder by folder, and by the laws of an orthonormal basis."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -115,6 +116,22 @@ def test_float32_is_float32_exact():
     assert (c - haar.analysis(x)).norm() < 3e-7 * c.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_taken_in_float32(dtype):
+    haar, x = Haar(Tree.random(100, 0), Tree.random(90, 1)), (300 * noise(100, 90)).to(dtype)
+    c = haar.analysis(x)
+    assert c.dtype == torch.float32 and torch.equal(c, haar.analysis(x.float()))
+    assert (haar.synthesis(c) - x).abs().max() < 1e-3  # of a thousand, as float32 rounds
+
+
+def test_a_basis_is_pickled_by_its_trees():
+    haar, x = Haar(Tree.random(100, 0), None), noise(100, 3)
+    haar.analysis(x)  # what it has made so far is not what is kept
+    again = pickle.loads(pickle.dumps(haar))
+    assert again.trees == haar.trees and torch.equal(again.analysis(x), haar.analysis(x))
+    assert len(pickle.dumps(haar)) < 2 * len(pickle.dumps(haar.trees))
+
+
 def test_complex_numbers_are_two_real_ones():
     haar, x, y = Haar(Tree.random(100, 0)), noise(3, 100), noise(3, 100, seed=1)
     assert (haar.analysis(torch.complex(x, y)) - torch.complex(haar.analysis(x), haar.analysis(y))).abs().max() < 1e-12
@@ -159,6 +176,9 @@ def test_kept_are_the_largest_and_the_error_is_what_is_left():
     assert soft(torch.tensor([-3.0, 0.5, 2.0]), 1).tolist() == [-2, 0, 1]
     fine = haar.coarse(c, 0.1)
     assert torch.equal(fine != 0, (haar.support >= 18).expand_as(c))
+    for n in (7, 14, 28, 55, 56):  # a folder with exactly the share, however it is rounded
+        tree = Haar(Tree.from_nested([[*range(n)], *range(n, 100)]))
+        assert torch.equal(tree.coarse(torch.ones(100), n / 100) != 0, tree.support >= n) and (tree.support == n).any()
     some = Haar(None, Tree.random(9, 2))  # an axis without a tree counts nothing
     assert torch.equal(some.coarse(c, 0.5) != 0, (some.support >= 4.5).expand_as(c))
 
@@ -172,7 +192,11 @@ def test_kept_are_the_largest_and_the_error_is_what_is_left():
     (lambda: Haar(Tree.dyadic(4)).analysis(torch.arange(4)), TypeError, "int64"),
     (lambda: Haar(Tree.dyadic(4)).where(1, 2), ValueError, "one number for each"),
     (lambda: Haar(Tree.dyadic(4), None).matrix(1), ValueError, "no tree"),
+    (lambda: Haar(Tree.dyadic(4), None).where(4, 0), ValueError, r"numbered from 0, \(4, None\)"),
+    (lambda: Haar(Tree.dyadic(4), None).where(0, -1), ValueError, "numbered from 0"),
     (lambda: largest(noise(2, 2), 5), ValueError, "0 to as many"),
+    (lambda: largest(noise(4), 2), ValueError, "last 2 axes.*give dims"),
+    (lambda: soft(noise(4), -1), ValueError, "0 or more.*not -1"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(call, error, words):
     with pytest.raises(error, match=words):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tensorlens_utils.costs import peak_gigabytes
 from tensorlens_utils.haar import Haar
 from tensorlens_utils.haar.paraproducts import folder_means, paraproduct, partitions, telescoped
 from tensorlens_utils.haar.sparsity import holder
@@ -75,6 +76,26 @@ def test_a_square_leaves_the_squares_of_the_differences():
     assert (paraproduct(f, [tree], torch.square).residual - residual).abs().max() < 1e-12
 
 
+def test_parts_have_no_derivatives_by_f_that_would_be_wrong():
+    f = noise(37, 29).requires_grad_()
+    assert not any(part.requires_grad for part in paraproduct(f, TREES["two"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64])
+def test_half_precision_and_whole_numbers_are_taken_in_float32(dtype):
+    f = (3 * noise(37, 29)).to(dtype)
+    for part, wide in zip(paraproduct(f, TREES["two"]), paraproduct(f.float(), TREES["two"]), strict=True):
+        assert part.dtype == torch.float32 and torch.equal(part, wide)
+    assert torch.equal(telescoped(f, TREES["two"]), telescoped(f.float(), TREES["two"]))
+
+
+def test_deep_trees_are_not_held_at_every_resolution():
+    """Two chains of 24 leaves have 576 pairs of levels, on each of which f has another resolution: 156 times f."""
+    chain = Tree(torch.stack([torch.arange(24).clamp(max=level) for level in range(24)]))
+    f = noise(24, 24)
+    assert peak_gigabytes(lambda: paraproduct(f, [chain, chain]), torch.device("cpu")) < 40 * f.nbytes / 1e9
+
+
 def test_folder_means():
     f, (tree, other) = noise(3, 37, 29), TREES["two"]
     for level in range(tree.depth + 1):
@@ -95,6 +116,13 @@ def test_the_residual_of_a_rough_series_is_smoother_than_the_series():
         smooth = holder(haar.analysis(found.residual), haar, least=4).alpha
         assert (smooth > 2 * alpha).all()
         assert found.residual.norm() < 0.5 * (found.residual + found.boundary).norm()
+
+
+def test_scores_with_a_mask_on_are_refused():
+    f = noise(37, 29).masked_fill(torch.ones(37, 29).triu(1).bool(), -torch.inf).log_softmax(-1)
+    for of in (paraproduct, telescoped):
+        with pytest.raises(ValueError, match="406 of f are not: take scores before the mask"):
+            of(f, TREES["two"])
 
 
 def test_bad_shapes_are_refused():

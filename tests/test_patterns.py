@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tensorlens_utils import load_data, load_model
+from tensorlens_utils.models import find_blocks
 from tensorlens_utils.patterns import capture
 from tests.families import FAMILIES
 
@@ -87,6 +88,27 @@ def test_what_is_put_in_is_what_the_model_goes_on_with(digits):
         lambda m, args: (args[0].unflatten(-1, (4, -1)).mul((torch.arange(4) != 3)[:, None]).flatten(-2),))
     assert torch.allclose(silent.output.logits, model(**inputs).logits, atol=1e-5)
     hook.remove()
+
+
+@pytest.mark.parametrize("name, projection", [("llama", "self_attn.o_proj"), ("gpt_neox", "attention.dense"),
+                                              ("bert", "attention.output.dense")])  # fmt: skip
+@torch.no_grad()
+def test_put_in_under_grouped_heads_a_parallel_residual_and_a_mask(name, projection):
+    """A head silenced by its pattern is one silenced where W_O reads it; the second text of each batch is padded."""
+    model, inputs = FAMILIES[name]()
+    assert not inputs["attention_mask"].all()
+    W_O = find_blocks(model)[1][1].get_submodule(projection)
+    kept = (torch.arange(4) != 2).double()[:, None]
+    silent = capture(model, inputs, lambda layer, A: A * kept[..., None] if layer == 1 else A).output.logits
+    hook = W_O.register_forward_pre_hook(lambda m, args: ((args[0].unflatten(-1, (4, -1)) * kept).flatten(-2),))
+    by_hand = model(**inputs).logits
+    hook.remove()
+    assert (silent - by_hand).abs().max() < 1e-5 < (model(**inputs).logits - by_hand).abs().max()
+
+
+def test_inputs_are_by_name(digits):
+    with pytest.raises(TypeError, match="by name.*not with a Tensor"):
+        capture(digits[0], digits[1]["pixel_values"])
 
 
 def test_derivatives_by_what_is_put_in(digits):

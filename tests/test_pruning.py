@@ -6,6 +6,7 @@ import torch
 from tensorlens_utils import load_data, load_model
 from tensorlens_utils.data.world import HELD_OUT, Text
 from tensorlens_utils.haar import Haar
+from tensorlens_utils.haar import pruning as room
 from tensorlens_utils.haar.pruning import (
     coefficient_scores,
     cross_entropy,
@@ -103,9 +104,95 @@ def test_a_head_without_effect_has_no_score_and_its_loss_costs_nothing(digits):
 
 
 @pytest.mark.parametrize("share", [-0.25, 12])
-def test_a_share_is_no_count(share):
+def test_a_share_is_no_count(share, digits):
     with pytest.raises(ValueError, match=r"a share is in \[0, 1\]"):
         keep(torch.rand(8), share)
+    with pytest.raises(ValueError, match=r"a share is in \[0, 1\]"):
+        pruned_coefficients(*digits[:2], cross_entropy(digits[2]), share)
+
+
+def test_scores_that_are_no_numbers_are_not_kept_first():
+    with pytest.raises(ValueError, match="1 of these 3 are not finite"):
+        keep(torch.tensor([0.1, torch.nan, 0.3]), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4), (4, 1), (4, 4, 17)])
+def test_what_is_kept_is_of_this_model(digits, shape):
+    model, inputs, labels = digits
+    with pytest.raises(ValueError, match=r"\(4,\) a layer, and here it is of shape"):
+        pruned_heads(model, inputs, cross_entropy(labels), torch.ones(shape))
+    with pytest.raises(ValueError, match=r"\(4, 17, 17\) a layer, and here"):
+        pruned_coefficients(model, inputs, cross_entropy(labels), torch.ones(shape))
+
+
+def padded(ids, lengths, left):
+    """The first so many tokens of texts (N, 20), and padding before or after: the inputs by name."""
+    mask = torch.arange(20) < torch.tensor(lengths)[:, None]
+    ids = ids * mask
+    if left:
+        ids, mask = (torch.stack([row.roll(20 - n) for row, n in zip(x, lengths, strict=True)]) for x in (ids, mask))
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padding_is_no_text(implementation):
+    """Texts by themselves, padded on the right and padded on the left: the same losses, scores and costs."""
+    model, _ = load_model("tiny-llama")
+    model.set_attn_implementation(implementation)
+    lengths, ids = (9, 14, 20), torch.randint(5, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+    kept = torch.rand(model.config.num_hidden_layers, model.config.num_attention_heads,
+                      generator=torch.Generator().manual_seed(1)) < 0.6  # fmt: skip
+    alone = [{"input_ids": row[None, :n]} for row, n in zip(ids, lengths, strict=True)]
+    costs = torch.cat([pruned_heads(model, one, next_token(one["input_ids"]), kept) for one in alone])
+    each = [head_scores(model, one, next_token(one["input_ids"])) for one in alone]
+    for left in (False, True):
+        batch = padded(ids, lengths, left)
+        loss = next_token(batch["input_ids"], batch["attention_mask"])
+        torch.testing.assert_close(pruned_heads(model, batch, loss, kept), costs, atol=1e-4, rtol=1e-4)
+        for name, score in head_scores(model, batch, loss).items():
+            mean = torch.stack([scores[name] for scores in each]).mean(0)
+            torch.testing.assert_close(score, mean, atol=1e-4, rtol=1e-3)
+        haar = Haar(*[Tree.dyadic(20)] * 2)
+        for of, *options in ((head_scores, haar), (coefficient_scores, haar), (pruned_coefficients, 0.5, haar)):
+            with pytest.raises(ValueError, match="2 of these 3 texts are padded"):
+                of(model, batch, loss, *options)
+
+
+def test_only_what_is_told_is_counted():
+    output = type("Output", (), {"logits": torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))})
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [4, 3, -100, 2, -100, 1]])
+    nats = torch.nn.functional.cross_entropy(output.logits[1, [0, 2, 4]], torch.tensor([3, 2, 1]))
+    assert torch.isclose(next_token(ids)(output)[1], nats)
+    with pytest.raises(ValueError, match="text 1 of 2 has none"):
+        next_token(ids[:, :1].expand(2, 6), torch.tensor([[1] * 6, [0, 0, 0, 0, 0, 1]]))
+    with pytest.raises(ValueError, match="text 0 of 2 has none"):
+        next_token(ids[:, :1])
+
+
+def test_scores_are_taken_where_gradients_are_off(digits):
+    model, inputs, labels = digits
+    loss = cross_entropy(labels)
+    with torch.no_grad():
+        for scores in (head_scores, coefficient_scores):
+            assert all(score.any() and not score.requires_grad for score in scores(model, inputs, loss).values())
+
+
+def test_what_the_mask_forbids_stays_forbidden(text, monkeypatch):
+    """A few Haar coefficients of a row spread over all keys; what the model goes on with does not."""
+    model, inputs, ids = text
+    seen = []
+
+    def watched(model, inputs, replace):
+        def replaced(layer, A):
+            seen.append(replace(layer, A))
+            return seen[-1]
+
+        return capture(model, inputs, replaced)
+
+    monkeypatch.setattr(room, "capture", watched)
+    pruned_coefficients(model, inputs, next_token(ids), 0.2, Haar(None, Tree.random(40, 1)), over=1)
+    later = torch.ones(40, 40).triu(1).bool()
+    assert len(seen) == 4 and all(A.any() and not A[..., later].any() for A in seen)
 
 
 def test_gradients_of_coefficients_know_the_mask(text):

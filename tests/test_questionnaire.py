@@ -10,7 +10,7 @@ from scipy.spatial.distance import pdist, squareform
 from tensorlens_utils.trees import Tree
 from tensorlens_utils.trees import questionnaire as room
 from tensorlens_utils.trees.growing import binary_tree, cosine, flexible_tree, from_distances, gaussian, linkage_tree
-from tensorlens_utils.trees.questionnaire import distances, folder_means, plant, questionnaire
+from tensorlens_utils.trees.questionnaire import distances, plant, questionnaire, weighted_means
 
 NESTED = [((4, 8, 16), (64, 64, 64)), ((4, 8, 16), (80, 64, 24)), ((3, 9, 27), (54, 81, 60))]
 
@@ -47,7 +47,7 @@ def unfolded(x, metric="euclidean"):
 def test_distances_are_those_of_the_definition(shape, alpha, beta, monkeypatch):
     x = tensor(5, *shape)
     trees = [Tree.random(n, seed) for seed, n in enumerate(shape)]
-    assert any(len(folder_means(tree)) < sum(tree.counts) for tree in trees)  # some have chains
+    assert any(len(weighted_means(tree)) < sum(tree.counts) for tree in trees)  # some have chains
     truth = [[by_definition(a, b, trees, alpha, beta) for b in x] for a in x]
     truth = torch.tensor(truth, dtype=torch.float64)
     found = distances(x, trees, alpha, beta)
@@ -63,7 +63,7 @@ def test_distances_are_those_of_the_definition(shape, alpha, beta, monkeypatch):
 def test_many_folders_are_taken_in_pieces():
     """More columns than pdist is given at once, against scipy on all the weighted means together."""
     x = tensor(6, 1500, seed=1)
-    means = folder_means(Tree.dyadic(1500)).numpy()
+    means = weighted_means(Tree.dyadic(1500)).numpy()
     assert len(means) == 2999
     truth = squareform(pdist(x.numpy() @ means.T, "cityblock"))
     np.testing.assert_allclose(distances(x, [Tree.dyadic(1500)]), truth, rtol=1e-12)
@@ -72,7 +72,7 @@ def test_many_folders_are_taken_in_pieces():
 @pytest.mark.parametrize("seed", range(12))
 def test_folder_means_are_weighted_means_over_different_folders(seed):
     tree = Tree.random(20, seed)
-    means = folder_means(tree, 0.5, 0.7)
+    means = weighted_means(tree, 0.5, 0.7)
     truth = {}
     for leaves, w in folders(tree, 0.5, 0.7):
         row = torch.zeros(20, dtype=torch.float64)
@@ -212,6 +212,12 @@ def test_planted_tensors_are_what_they_say():
     noisy, again = plant((24, 32, 40), (2, 8), -6.0, 0.5, 3)[0], plant((24, 32, 40), (2, 8), -6.0, 0.5, 3)
     assert torch.equal(noisy, again[0]) and again[1] == trees
     assert 10 * torch.log10(x.var() / (noisy - x).var()) == pytest.approx(-6.0, abs=0.1)
+
+
+@pytest.mark.parametrize("counts", [(), (1, 2), (4, 2), (2, 3), (2, 2), (8,)])
+def test_folders_that_cannot_be_planted_are_refused(counts):
+    with pytest.raises(ValueError, match=r"rise from 2 on.*at most 4, the smallest size; not \("):
+        plant((4, 16), counts)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.7])

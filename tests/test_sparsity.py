@@ -62,6 +62,32 @@ def test_energy_and_error_are_of_the_best_terms():
                        torch.stack([n_term_error(c.flatten(1), k) for k in (3, 9)], 1))  # fmt: skip
 
 
+def test_of_zeros_all_is_told_by_nothing_and_how_sparse_they_are_is_not_asked():
+    c = torch.zeros(2, 30)
+    c[0, 0] = 3
+    assert n_term_error(c, [0, 4]).tolist() == [[1, 0], [0, 0]] and (energy(c) == 1).all()
+    for measure in SCALE_FREE:
+        assert measure(c).isnan().tolist() == [False, True]
+    lost = torch.tensor([1.0, torch.nan])
+    assert energy(lost).isnan().any() and n_term_error(lost, 1).isnan()
+    for rival, found in rivals(torch.zeros(4, 4), [Tree.dyadic(4)] * 2, 3, draws=1).items():
+        assert found == 0, rival
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_is_refused(dtype):
+    big, many, x = torch.tensor([300.0, 1, 2]).to(dtype), torch.ones(65536).to(dtype), noise(12, 8).to(dtype)
+    assert math.isclose(n_term_error(big, 1), 5**0.5 / 90005**0.5, rel_tol=1e-5)
+    assert math.isclose(energy(big)[0], 1 - 5 / 90005, rel_tol=1e-6)
+    assert math.isclose(hoyer(many), 0, abs_tol=1e-4) and math.isclose(l1_over_l2(many), 256, rel_tol=1e-4)
+    assert math.isclose(gini(many), 0, abs_tol=1e-4)
+    trees = [Tree.random(12, 0), Tree.random(8, 1)]
+    haar, errors, wide = Haar(*trees), rivals(x, trees, 20, draws=1), rivals(x.float(), trees, 20, draws=1)
+    assert all(torch.equal(errors[name], wide[name]) for name in wide)
+    for measure in (lambda c: l1_entropy(c, haar), lambda c: besov(c, haar, 0.3)):
+        assert torch.equal(measure(400 * x), measure((400 * x).float()))
+
+
 def test_the_papers_entropy():
     haar = Haar(Tree.random(30, 0), Tree.random(25, 1))
     c = haar.analysis(noise(3, 30, 25))
@@ -107,6 +133,16 @@ def test_white_noise_has_no_smoothness_on_any_tree():
     assert (holder(haar.analysis(noise(20, 100, 120)), haar).alpha.mean() + 0.5).abs() < 0.02
 
 
+def test_where_coefficients_vanish_there_is_no_exponent():
+    """Noise in blocks of 8 × 8: nothing below them but what rounding leaves, which is no smoothness of any order."""
+    haar, x = Haar(*[Tree.dyadic(64)] * 2), noise(2, 64, 64)
+    x[1] = x[1, :8, :8].repeat_interleave(8, 0).repeat_interleave(8, 1)
+    for statistic in ("rms", "max"):
+        found = holder(haar.analysis(x), haar, statistic)
+        assert found.alpha.isnan().tolist() == found.error.isnan().tolist() == [False, True]
+    assert holder(torch.zeros(64, 64), haar).alpha.isnan()
+
+
 def test_svd_error_counts_what_a_triplet_costs():
     A = noise(3, 12, 8)
     U, S, V = torch.linalg.svd(A, full_matrices=False)
@@ -131,6 +167,9 @@ def test_trees_that_fit_beat_every_null():
     assert all(torch.equal(errors[name], again[name]) for name in errors)
     other = rivals(noise(4, 60, 50), trees, 120, draws=5)
     assert (other["organised"] / other["shuffled"] - 1).abs().max() < 0.02  # on noise no tree is better than another
+    one, two, both = (rivals(noise(60, 50), trees, 120, *how) for how in ((1, 0), (1, 2), (2, 0)))  # draws, seed
+    for name in ("shuffled", "random"):  # the second draw of one seed is not the first of another
+        assert not torch.isclose(2 * both[name] - one[name], two[name])
     assert "svd" not in rivals(noise(5, 6, 4), [Tree.dyadic(n) for n in (5, 6, 4)], 10)
 
 
@@ -142,6 +181,12 @@ def test_the_cosine_transform_is_orthonormal():
 
 @pytest.mark.parametrize("call, words", [
     (lambda: n_term_error(noise(5), 6), "0 to as many"),
+    (lambda: hoyer(noise(5, 1)), "two or more"),
+    (lambda: l1_entropy(noise(4, 5), Haar(*[Tree.dyadic(4)] * 2)), r"\(4, 4\) on the last axes; not.*\(4, 5\)"),
+    (lambda: l1_entropy(noise(4, 4), Haar(*[Tree.dyadic(4)] * 2), first=-3), "first=-3"),
+    (lambda: besov(noise(1, 4), Haar(Tree([[0]]), Tree.dyadic(4)), 0.3), "one leaf has none"),
+    (lambda: rivals(noise(4, 4), [Tree.dyadic(4)] * 2, 3, draws=0), "one draw or more"),
+    (lambda: rivals(noise(4, 4), [None, Tree.dyadic(4)], 3), "a tree for each.*None"),
     (lambda: l1_entropy(noise(4, 4), Haar(*[Tree.dyadic(4)] * 2), by="size"), "order"),
     (lambda: l1_entropy(noise(4, 4), Haar(Tree.dyadic(4), None)), "every axis"),
     (lambda: holder(noise(4, 4), Haar(*[Tree.dyadic(4)] * 2)), "three octaves"),

@@ -80,7 +80,7 @@ class Haar:
         self.shape = tuple(tree.n if tree else None for tree in trees)
 
     def analysis(self, x: Tensor) -> Tensor:
-        """The coefficients ⟨x, ψ_I ⊗ ψ_J ⊗ …⟩ (..., n, m, …) of x (..., n, m, …).
+        """The coefficients ⟨x, ψ_I ⊗ ψ_J ⊗ …⟩ (..., n, m, …) of x (..., n, m, …), in float32 or wider.
 
         Along an axis, index 0 is the constant, then come the wavelets of the root, of the folders of level 1, and so
         on; those of one folder stand together.
@@ -98,6 +98,7 @@ class Haar:
                              f"{tuple(x.shape)}; move them last, or give None for an axis without a tree")  # fmt: skip
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(f"coefficients are no whole numbers, and the tensor is {x.dtype}; call .double() on it")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision would lose more than it has on the way
         for dim, axis in enumerate(self.axes, -len(self.axes)):
             if axis:
                 x = axis.apply(x, dim, inverse)
@@ -124,7 +125,7 @@ class Haar:
         return tuple(axis.level if axis else torch.tensor([-1]) for axis in self.axes)
 
     def where(self, *index: int) -> tuple[Wavelet, ...]:
-        """What the coefficient at an index stands for: on each axis the wavelet, or the constant.
+        """What the coefficient at an index, counted from 0, stands for: on each axis the wavelet, or the constant.
 
         >>> from tensorlens_utils.trees import Tree
         >>> q, k = Haar(Tree.from_nested([[0, 1], [2, 3]]), Tree.dyadic(2)).where(3, 0)
@@ -133,6 +134,8 @@ class Haar:
         """
         if len(index) != len(self.axes):
             raise ValueError(f"an index has one number for each of the {len(self.axes)} axes; not {index}")
+        if any(i < 0 or n is not None and i >= n for i, n in zip(index, self.shape, strict=True)):
+            raise ValueError(f"coefficients are numbered from 0, {self.shape} of them on the axes; not {index}")
         none = torch.tensor([], dtype=torch.int64)
         return tuple(axis.wavelet(i) if axis else Wavelet(-1, i, torch.tensor([i]), none)
                      for axis, i in zip(self.axes, index, strict=True))  # fmt: skip
@@ -152,6 +155,9 @@ class Haar:
         """
         return c * (self.support >= share * math.prod(n or 1 for n in self.shape)).to(c)
 
+    def __reduce__(self):  # pickled by what it was made from
+        return Haar, self.trees
+
     def __repr__(self):
         return f"Haar({', '.join(map(repr, self.trees))})"
 
@@ -163,6 +169,8 @@ def largest(c: Tensor, n_terms: int, dims: int = 2) -> Tensor:
     >>> largest(torch.tensor([3.0, -5.0, 1.0, 4.0]), 2, dims=1).tolist()
     [0.0, -5.0, 0.0, 4.0]
     """
+    if not 1 <= dims <= c.dim():
+        raise ValueError(f"the coefficients are on the last {dims} axes, and the tensor is {tuple(c.shape)}; give dims")
     flat = c.flatten(-dims)
     if not 0 <= n_terms <= flat.shape[-1]:
         raise ValueError(f"of {flat.shape[-1]} coefficients 0 to as many can be kept; not {n_terms}")
@@ -177,6 +185,8 @@ def largest(c: Tensor, n_terms: int, dims: int = 2) -> Tensor:
 
 def soft(c: Tensor, threshold: float) -> Tensor:
     """Soft thresholding, sign(c)·max(|c| − t, 0): less noise, at the price of shrinking what is kept."""
+    if not threshold >= 0:
+        raise ValueError(f"a threshold is 0 or more, or coefficients would grow; not {threshold!r}")
     return c.sign() * (c.abs() - threshold).clamp_min(0)
 
 

@@ -10,9 +10,9 @@ P_j f has in each entry the mean of f over its folder of level j; P_0 is the mea
 is exact, its last line being the boundary. The paraproduct Ã(f) has A′(a)·w + A″(a)·u·v in place of the bracket: smooth
 multiples of f's own Haar coefficients. On D axes the bracket is the mixed difference of A(f) over all of them, and in
 its place stands Σ_π A^(|π|)(a) Π_{S∈π} δ_S over the partitions π of the axes, δ_S f being the mixed difference over S.
- The claim (hierarchical paraproducts, arXiv 2602.16644, as arXiv 2506.15541 uses
-it) is that the rest Δ = A(f) − Ã(f) is twice as smooth as f, Δ ∈ Λ_2α for f ∈ Λ_α, so that softmax leaves the organised
-structure as it is but for something smoother. ``sparsity.holder`` measures whether it is.
+The claim (hierarchical paraproducts, arXiv 2602.16644, as arXiv 2506.15541 uses it) is that the rest Δ = A(f) − Ã(f) is
+twice as smooth as f, Δ ∈ Λ_2α for f ∈ Λ_α, so that softmax leaves the organised structure as it is but for something
+smoother. ``sparsity.holder`` measures whether it is.
 
 The released code multiplies running sums over the scales in place of one scale's differences, and leaves the boundary
 out; neither is done here.
@@ -51,12 +51,14 @@ def paraproduct(f: Tensor, trees: Sequence[Tree], A: Callable[[Tensor], Tensor] 
     """A(f) = Ã(f) + Δ on trees over the last axes of f (..., n, m, …); axes before these are a batch.
 
     ``A`` works on each entry by itself and is differentiable as often as there are trees; its derivatives are
-    autograd's.
+    autograd's. The parts themselves have none by f. The time is that of one pass over f for each choice of a level on
+    each axis, so trees of few levels are quick.
 
     Raises:
-        ValueError: where the last axes of f are not the leaves of the trees.
+        ValueError: where the last axes of f are not the leaves of the trees, or f is not finite, as scores with a mask
+            on are not.
     """
-    _check(f, trees)
+    f = _checked(f, trees).detach()
     derivatives = _derivatives(A, len(trees))
     boundary = _boundary(f, trees, A)
     inner = _telescope(f, trees, lambda parts: _bracket(parts, derivatives))
@@ -65,14 +67,14 @@ def paraproduct(f: Tensor, trees: Sequence[Tree], A: Callable[[Tensor], Tensor] 
 
 
 def telescoped(f: Tensor, trees: Sequence[Tree], A: Callable[[Tensor], Tensor] = torch.exp) -> Tensor:
-    """A(f) by the right side of the identity: the boundary, and every scale's exact bracket.
+    """A(f) by the right side of the identity: the boundary, and every scale's exact bracket. Raises as ``paraproduct``.
 
     >>> f = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> trees = [Tree.random(3, 0), Tree.random(5, 1)]
     >>> torch.allclose(telescoped(f, trees, torch.tanh), torch.tanh(f))
     True
     """
-    _check(f, trees)
+    f = _checked(f, trees)
 
     def difference(parts):
         return sum((-1) ** (len(trees) - len(fine)) * A(x) for fine, x in parts.items())
@@ -86,23 +88,21 @@ Parts = dict[tuple[int, ...], Tensor]  # of one scale: P f, finer by one level o
 def _telescope(f: Tensor, trees: Sequence[Tree], bracket: Callable[[Parts], Tensor]) -> Tensor:
     """Σ over all scales of a bracket of f there; the sums are kept at the resolution that they have come to."""
     dims = len(trees)
-    grids = _means(f, trees)
 
-    def total(levels: tuple[int, ...]) -> Tensor:
-        if (d := len(levels)) == dims:
-            parts = {}
-            for fine in subsets(range(dims)):
-                x = grids[tuple(j + (d in fine) for d, j in enumerate(levels))]
-                for d in set(range(dims)) - set(fine):
-                    x = _refined(x, trees[d], levels[d] + 1, d - dims)
-                parts[fine] = x
+    def total(parts: Parts, d: int) -> Tensor:
+        """Of the parts on the axes before d, which have come to their level there and have all their leaves from d."""
+        if d == dims:
             return bracket(parts)
         out = 0
+        fine = {S: folder_means(x, trees[d], 0, d - dims) for S, x in parts.items()}
         for j in range(trees[d].depth):
-            out = total((*levels, j)) + (_refined(out, trees[d], j + 1, d - dims) if j else 0)
+            coarse = {S: _refined(x, trees[d], j + 1, d - dims) for S, x in fine.items()}
+            fine = {S: folder_means(x, trees[d], j + 1, d - dims) for S, x in parts.items()}
+            both = coarse | {(*S, d): x for S, x in fine.items()}
+            out = total(both, d + 1) + (_refined(out, trees[d], j + 1, d - dims) if j else 0)
         return out
 
-    out = total(()) + torch.zeros_like(f)
+    out = total({(): f}, 0) + torch.zeros_like(f)
     for d, tree in enumerate(trees):  # folders of the last level are leaves in the tree's order
         out = out.index_select(d - dims, tree.levels[-1].to(f.device))
     return out
@@ -121,15 +121,6 @@ def _boundary(f: Tensor, trees: Sequence[Tree], A: Callable) -> Tensor:
     dims = len(trees)
     terms = [(-1) ** (len(S) + 1) * A(f.mean([d - dims for d in S], keepdim=True)) for S in subsets(range(dims)) if S]
     return sum(terms).expand_as(f)
-
-
-def _means(f: Tensor, trees: Sequence[Tree]) -> dict[tuple[int, ...], Tensor]:
-    """The folder averages of f for each choice of a level on each axis."""
-    grids = {(): f}
-    for d, tree in enumerate(trees):
-        grids = {(*levels, j): folder_means(x, tree, j, d - len(trees))
-                 for levels, x in grids.items() for j in range(tree.depth + 1)}  # fmt: skip
-    return grids
 
 
 def folder_means(x: Tensor, tree: Tree, level: int, dim: int) -> Tensor:
@@ -179,7 +170,12 @@ def partitions(axes: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
             yield [(axes[0], *others), *rest]
 
 
-def _check(f: Tensor, trees: Sequence[Tree]) -> None:
+def _checked(f: Tensor, trees: Sequence[Tree]) -> Tensor:
+    """f, in float32 or wider."""
     leaves = tuple(tree.n for tree in trees)
     if not trees or tuple(f.shape[-len(trees) :]) != leaves:
         raise ValueError(f"the last axes of f must be the leaves of its trees, {leaves}, and f is {tuple(f.shape)}")
+    if not f.isfinite().all():
+        raise ValueError(f"means over folders are of finite numbers, and {(~f.isfinite()).sum()} of f are not: take "
+                         "scores before the mask, or put numbers where it put −inf")  # fmt: skip
+    return f.to(torch.promote_types(f.dtype, torch.float32))

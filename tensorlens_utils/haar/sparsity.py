@@ -1,9 +1,9 @@
 """How sparse a tensor is in a basis, measured so that tensors can be compared, and the nulls that a claim has to beat.
 
-The measures take coefficients c (..., n), flattened over the last axis: ``hoyer(haar.analysis(A).flatten(-2))``. Those
-of the first group do not change with the tensor's scale, so a network's logits may stand beside another's logits, and
-probabilities beside probabilities. The papers' own 'ℓ1 entropy' is a plain sum: it grows with the scale, and compares
-tensors of one kind only, normalised alike.
+The measures take coefficients c (..., n), flattened over the last axis: ``hoyer(haar.analysis(A).flatten(-2))``; half
+precision and whole numbers are taken in float32. Those of the first group do not change with the tensor's scale, so a
+network's logits may stand beside another's logits, and probabilities beside probabilities. The papers' own 'ℓ1 entropy'
+is a plain sum: it grows with the scale, and compares tensors of one kind only, normalised alike.
 
 >>> import torch
 >>> one, all_ = torch.tensor([0.0, 0.0, 4.0, 0.0]), torch.ones(4)
@@ -26,12 +26,18 @@ from . import Haar
 
 
 def l1_over_l2(c: Tensor) -> Tensor:
-    """‖c‖₁/‖c‖₂, from 1 (one coefficient) to √n (all alike): (..., n) -> (...)."""
-    return c.abs().sum(-1) / c.norm(dim=-1)
+    """‖c‖₁/‖c‖₂, from 1 (one coefficient) to √n (all alike): (..., n) -> (...).
+
+    Of zeros alone this, Hoyer's measure and Gini's are NaN: 0 is neither sparse nor not, and is to be left out.
+    """
+    a = _modulus(c)
+    return a.sum(-1) / a.norm(dim=-1)
 
 
 def hoyer(c: Tensor) -> Tensor:
     """(√n − ‖c‖₁/‖c‖₂) / (√n − 1), from 0 (all alike) to 1 (one coefficient)  (Hoyer 2004): (..., n) -> (...)."""
+    if c.shape[-1] < 2:
+        raise ValueError("one coefficient alone is neither sparse nor not; Hoyer's measure takes two or more")
     root = math.sqrt(c.shape[-1])
     return (root - l1_over_l2(c)) / (root - 1)
 
@@ -41,25 +47,40 @@ def gini(c: Tensor) -> Tensor:
 
     1 − 2 Σ_k |c|_(k)/‖c‖₁ · (n − k + ½)/n with |c|_(1) ≤ |c|_(2) ≤ …  (Hurley and Rickard 2009)
     """
-    n, a = c.shape[-1], c.abs().sort(-1)[0]
+    n, a = c.shape[-1], _modulus(c).sort(-1)[0]
     weights = (n - torch.arange(1, n + 1, dtype=a.dtype, device=a.device) + 0.5) / n
     return 1 - 2 * (a @ weights) / a.sum(-1)
 
 
 def energy(c: Tensor) -> Tensor:
-    """The share of ‖c‖² that the 1, 2, … n largest coefficients hold, the curve of compaction: (..., n) -> (..., n)."""
-    sorted_ = c.square().sort(-1, descending=True)[0].cumsum(-1)
-    return sorted_ / sorted_[..., -1:]
+    """The share of ‖c‖² that the 1, 2, … n largest coefficients hold, the curve of compaction: (..., n) -> (..., n).
+
+    Of zeros alone any number holds all, 1.
+    """
+    sorted_ = _modulus(c).square().sort(-1, descending=True)[0].cumsum(-1)
+    return torch.where(sorted_[..., -1:] == 0, 1, sorted_ / sorted_[..., -1:])
 
 
 def n_term_error(c: Tensor, n_terms: int | Sequence[int]) -> Tensor:
     """‖x − x_k‖/‖x‖ of the best approximation by k = n_terms vectors of an orthonormal basis: (..., n) -> (...); for
-    several k, (..., their number)."""
+    several k, (..., their number). Of x = 0 it is 0."""
     n, kept = c.shape[-1], torch.as_tensor(n_terms, device=c.device)
     if kept.min() < 0 or kept.max() > n:
         raise ValueError(f"of {n} coefficients 0 to as many are kept; not {n_terms}")
-    left = torch.nn.functional.pad(c.square().sort(-1)[0].cumsum(-1), (1, 0))  # ‖·‖² of the 0, 1, … n smallest
-    return (left[..., n - kept.flatten()] / left[..., -1:]).sqrt().reshape([*c.shape[:-1], *kept.shape])
+    squares = _modulus(c).square().sort(-1)[0].cumsum(-1)
+    left = torch.nn.functional.pad(squares, (1, 0))  # ‖·‖² of the 0, 1, … n smallest
+    whole = left[..., -1:]
+    share = left[..., n - kept.flatten()] / torch.where(whole == 0, 1, whole)
+    return share.sqrt().reshape([*c.shape[:-1], *kept.shape])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider, where squares and sums neither overflow nor lose."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _modulus(c: Tensor) -> Tensor:
+    return _wide(c.abs())
 
 
 # ----------------------------------------------------------------------------------------- measures that tell the scale
@@ -77,12 +98,14 @@ def l1_entropy(c: Tensor, haar: Haar, first: int = 10, by: str = "order") -> Ten
             20 in figures). "support", as for a network: the vectors that cover most entries, 10 (40, 100); equals are
             taken in order.
     """
-    dims = _dims(haar)
+    dims, c = _dims(c, haar), _modulus(c)
+    if first < 1:
+        raise ValueError(f"one coefficient or more is summed; not first={first}")
     if by == "order":
-        return c[(..., *[slice(first)] * dims)].abs().flatten(-dims).sum(-1)
+        return c[(..., *[slice(first)] * dims)].flatten(-dims).sum(-1)
     if by == "support":
         widest = haar.support.flatten().argsort(descending=True, stable=True)[:first]
-        return c.flatten(-dims)[..., widest.to(c.device)].abs().sum(-1)
+        return c.flatten(-dims)[..., widest.to(c.device)].sum(-1)
     raise ValueError(f'the coefficients that are summed are the first by "order" or by "support", not by {by!r}')
 
 
@@ -124,7 +147,8 @@ def holder(c: Tensor, haar: Haar, statistic: str = "rms", least: int = 8) -> Hol
     """The mixed Hölder exponent α: how coefficients fall with the support, |c_IJ| ~ |I×J|^(α + ½); (..., n, m, …).
 
     Least squares through log |c| against log |I×J|, a point for each octave of |I×J| with ``least`` coefficients or
-    more. White noise has α = −½, in whatever fixed basis; trees that were fitted to noise have more.
+    more. White noise has α = −½, in whatever fixed basis; trees that were fitted to noise have more. Where an octave
+    holds nothing but 0, or what rounding leaves, no power is followed, and α and its error are NaN.
 
     Args:
         c: what ``haar.analysis`` gives, n · m · … of which are no constants on any axis.
@@ -152,21 +176,28 @@ def holder(c: Tensor, haar: Haar, statistic: str = "rms", least: int = 8) -> Hol
     slope = (y @ x) / (x @ x)
     rest = y - y.mean(-1, keepdim=True) - slope[..., None] * x
     error = (rest.square().sum(-1) / (len(x) - 2) / (x @ x)).sqrt()
-    return Holder(slope - 0.5, error, at.exp2(), size)
+    empty = (size <= torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True)).any(-1)
+    return Holder((slope - 0.5).masked_fill(empty, torch.nan), error.masked_fill(empty, torch.nan), at.exp2(), size)
 
 
-def _dims(haar: Haar) -> int:
+def _dims(c: Tensor, haar: Haar) -> int:
     if None in haar.trees:
         raise ValueError("the measure is of coefficients with a tree on every axis; move an axis without one to the "
                          "front, as a batch")  # fmt: skip
+    if tuple(c.shape[-len(haar.shape) :]) != haar.shape:
+        raise ValueError(f"the measure is of what haar.analysis gives, {haar.shape} on the last axes; not of shape "
+                         f"{tuple(c.shape)}")  # fmt: skip
     return len(haar.trees)
 
 
 def _wavelets(c: Tensor, haar: Haar) -> tuple[Tensor, Tensor]:
     """Of the coefficients that are of wavelets on every axis: the share of the entries (k,) that they cover, and c
     (..., k) as of a function on a space of measure 1."""
-    dims, size = _dims(haar), haar.support.numel()
+    dims, size = _dims(c, haar), haar.support.numel()
+    if not haar.wavelets.any():
+        raise ValueError(f"the measure is of wavelets, of which a tree of one leaf has none; these have {haar.shape}")
     share = haar.support[haar.wavelets].double() / size
+    c = _wide(c)
     return share.to(c), c.flatten(-dims)[..., haar.wavelets.flatten().to(c.device)] / math.sqrt(size)
 
 
@@ -175,8 +206,9 @@ def _wavelets(c: Tensor, haar: Haar) -> tuple[Tensor, Tensor]:
 
 def dct(x: Tensor, dims: int = 2) -> Tensor:
     """The orthonormal cosine transform over the last ``dims`` axes, in their natural order: a basis for smooth signals,
-    which knows of no tree."""
-    return torch.from_numpy(dctn(x.detach().cpu().numpy(), axes=range(-dims, 0), norm="ortho")).to(x)
+    which knows of no tree; in float32 or wider, and without derivatives."""
+    x = _wide(x.detach())
+    return torch.from_numpy(dctn(x.cpu().numpy(), axes=range(-dims, 0), norm="ortho")).to(x)
 
 
 def svd_error(A: Tensor, budget: int | Sequence[int], dims: int = 2) -> Tensor:
@@ -185,7 +217,7 @@ def svd_error(A: Tensor, budget: int | Sequence[int], dims: int = 2) -> Tensor:
     A (..., n, m) -> (...), or (..., number of budgets). With more ``dims``, the matrices along the axes before n share
     one budget, as the heads of a network (..., H, n, m) do.
     """
-    singular = torch.linalg.svdvals(A).flatten(1 - dims)
+    singular = torch.linalg.svdvals(_wide(A)).flatten(1 - dims)
     rank = torch.as_tensor(budget) // sum(A.shape[-2:])
     return n_term_error(singular, rank.clamp(max=singular.shape[-1]))
 
@@ -211,14 +243,16 @@ def rivals(x: Tensor, trees: Sequence[Tree], budget: int | Sequence[int], draws:
     >>> {name: round(float(error), 2) for name, error in errors.items()}["organised"]
     0.0
     """
+    if draws < 1 or not all(isinstance(tree, Tree) for tree in trees):
+        raise ValueError(f"x is compared on a tree for each of its last axes, in one draw or more; not on {[*trees]} "
+                         f"in {draws}")  # fmt: skip
     dims = len(trees)
 
     def error(*trees):
         return n_term_error(Haar(*trees).analysis(x).flatten(-dims), budget)
 
     def mean(draw):
-        return sum(error(*(draw(tree, seed + dims * k + i) for i, tree in enumerate(trees)))
-                   for k in range(draws)) / draws  # fmt: skip
+        return sum(error(*(draw(tree, [seed, k, i]) for i, tree in enumerate(trees))) for k in range(draws)) / draws
 
     errors = {
         "organised": error(*trees),

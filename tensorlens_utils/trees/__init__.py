@@ -64,8 +64,9 @@ class Tree:
             elif path and isinstance(item, int | np.integer) and item not in paths:
                 paths[int(item)] = path
             else:
-                raise ValueError(f"a nest holds lists and, once each, the numbers of its leaves; not {item!r}"
-                                 + (" twice" if item in paths else ""))  # fmt: skip
+                twice = isinstance(item, int | np.integer) and item in paths
+                raise ValueError("a nest holds lists and, once each, the numbers of its leaves; not "
+                                 f"{item!r}{' twice' * twice}")  # fmt: skip
         if sorted(paths) != [*range(len(paths))]:
             raise ValueError(f"the leaves are numbered 0 to n − 1, and of these {len(paths)} some number is left out: "
                              f"the largest is {max(paths)}")  # fmt: skip
@@ -107,9 +108,9 @@ class Tree:
         Z = np.asarray(Z, dtype=float)
         is_valid_linkage(Z, throw=True)
         if counts is not None:
-            n, labels = len(Z) + 1, leaves_list(Z).argsort()  # a folder goes by its first place in scipy's order
+            n, labels, counts = len(Z) + 1, leaves_list(Z).argsort(), {*counts}  # a folder goes by its first place
             if not all(1 <= count <= n for count in counts):
-                raise ValueError(f"a level of {n} leaves has 1 to {n} folders; not {[*counts]}")
+                raise ValueError(f"a level of {n} leaves has 1 to {n} folders; not {sorted(counts)}")
             levels, names = [labels.copy()], [*labels]
             for k, (left, right) in enumerate(Z[:, :2].astype(int)):
                 names.append(names[left])

@@ -6,8 +6,8 @@ they came from. (Intrinsic and Extrinsic Organized Attention, arXiv 2506.15541, 
 Ankenman 2014, Mishne et al. 2016.)
 
 >>> x = torch.tensor([[0.0, 1], [5, 1], [0, 1.1], [5, 1.2], [5, 0.8]])
->>> linkage_tree(gaussian(x)).folders(1)
-[tensor([1, 3, 4]), tensor([0, 2])]
+>>> sorted(sorted(folder.tolist()) for folder in linkage_tree(gaussian(x)).folders(1))
+[[0, 2], [1, 3, 4]]
 """
 
 import numpy as np
@@ -20,28 +20,31 @@ from . import Tree
 def cosine(x: Tensor) -> Tensor:
     """⟨x_i, x_j⟩ / (‖x_i‖·‖x_j‖) between the slices of x (n, ...) along its first axis, 0 where it is negative: (n, n).
 
-    Zeros are data here: what a causal mask leaves out is as alike in two heads as what it lets through.
+    Zeros are data here: what a causal mask leaves out is as alike in two heads as what it lets through, and two slices
+    of nothing else are alike: 1.
 
     >>> cosine(torch.tensor([[1.0, 0], [3, 0], [1, 1], [-2, 0]]))[0]
     tensor([1.0000, 1.0000, 0.7071, 0.0000])
     """
     rows = _rows(x)
-    rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
-    return (rows @ rows.T).clamp(0, 1).fill_diagonal_(1)
+    norms = rows.norm(dim=1, keepdim=True)
+    rows, nothing = rows / norms.clamp_min(torch.finfo(rows.dtype).tiny), (norms == 0).to(rows)
+    return (rows @ rows.T + nothing @ nothing.T).clamp(0, 1).fill_diagonal_(1)
 
 
 def gaussian(x: Tensor, neighbours: int = 5, scale: float = 1.0) -> Tensor:
     """exp(−‖x_i − x_j‖² / (m_i·m_j)) between the slices of x (n, ...) along its first axis: (n, n).
 
     m_i is ``scale`` times the median distance from i to its ``neighbours`` nearest, so that the kernel is as wide where
-    leaves are few as where they are many; the product keeps it symmetric (Zelnik-Manor and Perona, 2004).
+    leaves are few as where they are many; the product keeps it symmetric (Zelnik-Manor and Perona, 2004). Where that is
+    0, of leaves that are there several times, it is the smallest distance that is not.
 
     >>> gaussian(torch.tensor([[0.0], [1.0], [9.0]]), neighbours=1)[1]
     tensor([3.6788e-01, 1.0000e+00, 3.3546e-04])
     """
+    _above_0(neighbours=neighbours, scale=scale)
     rows = _rows(x)
-    squares = (rows * rows).sum(1)
-    d = (squares[:, None] + squares - 2 * rows @ rows.T).clamp_min(0).fill_diagonal_(0).sqrt()
+    d = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # products would leave twins apart
     near = d.sort(1).values[:, 1 : 1 + neighbours].median(1).values if len(d) > 1 else d[0]
     widths = scale * torch.where(near > 0, near, d[d > 0].min() if d.any() else 1.0)
     return (-d * d / (widths[:, None] * widths)).exp()
@@ -54,6 +57,7 @@ def from_distances(d: Tensor, scale: float = 1.0) -> Tensor:
     tensor([[1.0000, 0.3679],
             [0.3679, 1.0000]])
     """
+    _above_0(scale=scale)
     away = d[~torch.eye(len(d), dtype=torch.bool, device=d.device)]
     away = away if (away > 0).any() else d.new_ones(1)
     middle = away.median()
@@ -76,6 +80,7 @@ def diffusion(affinity: Tensor, n_eigs: int = 12, alpha: float = 1.0) -> tuple[T
     from scipy.linalg import eigh
     from scipy.sparse.linalg import ArpackError, eigsh
 
+    _above_0(n_eigs=n_eigs)
     K = _affinity(affinity)
     q = K.sum(1)
     K = K / (q[:, None] * q) ** alpha
@@ -90,7 +95,8 @@ def diffusion(affinity: Tensor, n_eigs: int = 12, alpha: float = 1.0) -> tuple[T
         if len(K) <= 512:
             lam, phi = eigh(S.numpy(), subset_by_index=[len(K) - k, len(K) - 1])
         else:
-            lam, phi = eigsh(S.numpy(), k, which="LA", v0=np.random.default_rng(0).standard_normal(len(K)))
+            start = np.random.default_rng(0).standard_normal(len(K))
+            lam, phi = eigsh(S.numpy(), k, which="LA", v0=start, rng=0)  # rng: which of many equal ones
     except ArpackError:
         lam = []
     if len(lam) < k:  # of an eigenvalue that comes many times both may find too few vectors; this finds all
@@ -222,6 +228,12 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _above_0(**options: float) -> None:
+    for name, value in options.items():
+        if not value > 0:
+            raise ValueError(f"{name} is above 0; not {value!r}")
+
+
 def _affinity(K: Tensor) -> Tensor:
     """In float64 on the CPU, when it is one."""
     if K.dim() != 2 or K.shape[0] != K.shape[1] or not len(K):
@@ -231,4 +243,7 @@ def _affinity(K: Tensor) -> Tensor:
         raise ValueError("an affinity has numbers from 0 to 1, and 1 on its diagonal, but this one goes from "
                          f"{K.min():.3g} to {K.max():.3g}, on its diagonal from {K.diagonal().min():.3g}; "
                          "from_distances makes one from distances")  # fmt: skip
+    if (apart := (K - K.T).abs().max()) > 1e-5:
+        raise ValueError(f"an affinity is symmetric, and this one differs from its transpose by up to {apart:.3g}: if "
+                         "it is an attention pattern or a walk, hand over (K + K.T) / 2, or cosine of it")  # fmt: skip
     return (K + K.T).clamp_max(2) / 2

@@ -125,7 +125,7 @@ def distances(x: Tensor, trees: Sequence[Tree], alpha: float = 0.0, beta: float 
     if [tree.n for tree in trees] != [*x.shape[1:]]:
         raise ValueError(f"each axis but the first has a tree of its size, and slices of shape {tuple(x.shape[1:])} "
                          f"were given trees of {[tree.n for tree in trees]} leaves")  # fmt: skip
-    n, matrices = len(x), [folder_means(tree, alpha, beta).to(x) for tree in trees]
+    n, matrices = len(x), [weighted_means(tree, alpha, beta).to(x) for tree in trees]
     if x.dim() == 2:
         x, matrices = x[:, None], [x.new_ones(1, 1), *matrices]
     first, *middle, last = matrices
@@ -148,12 +148,12 @@ def distances(x: Tensor, trees: Sequence[Tree], alpha: float = 0.0, beta: float 
     return d + d.T
 
 
-def folder_means(tree: Tree, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
+def weighted_means(tree: Tree, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
     """The weighted means over the folders of a tree as a matrix (F, n) in float64: w(I) / |I| on the leaves of I.
 
     A folder is one row, on however many levels it is, its weights added up: so there are at most 2n − 1.
 
-    >>> folder_means(Tree.from_nested([[0, 1], [2, 3]])) * 4
+    >>> weighted_means(Tree.from_nested([[0, 1], [2, 3]])) * 4
     tensor([[1., 0., 0., 0.],
             [1., 1., 0., 0.],
             [1., 1., 1., 1.],
@@ -184,7 +184,7 @@ def plant(shape: Sequence[int], counts: Sequence[int], snr_db: float | None = No
 
     Args:
         shape: of the tensor.
-        counts: rising, each a multiple of the one before, and at most the smallest size.
+        counts: from 2 on, rising, each a multiple of the one before, and at most the smallest size.
         snr_db: 10·log10 of the variance of the signal over that of the noise; None: no noise.
         decay: how strong a level is beside the one above.
         seed: of all random numbers.
@@ -193,6 +193,10 @@ def plant(shape: Sequence[int], counts: Sequence[int], snr_db: float | None = No
     >>> x.shape, trees[2]
     (torch.Size([4, 6, 8]), Tree(8 leaves; 1, 2, 4, 8 folders))
     """
+    rising = counts and all(a < b and b % a == 0 for a, b in zip([1, *counts], counts, strict=False))
+    if not rising or counts[-1] > min(shape):
+        raise ValueError(f"planted numbers of folders rise from 2 on, each a multiple of the one before, up to at most "
+                         f"{min(shape)}, the smallest size; not {tuple(counts)}")
     random = np.random.default_rng(seed)
     seeds = random.integers(2**32, size=len(shape)).tolist()
     trees = tuple(Tree.from_labels(*(np.arange(n) * count // n for count in counts)).shuffled(own)

@@ -7,6 +7,7 @@ distances, both proportional to n³·heads, and the seconds that growing the tre
 
 import resource
 
+import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import pdist
@@ -14,9 +15,10 @@ from scipy.spatial.distance import pdist
 from tensorlens_utils.costs import machine, peak_gigabytes, seconds
 from tensorlens_utils.trees import Tree
 from tensorlens_utils.trees.growing import binary_tree, flexible_tree, from_distances, linkage_tree
-from tensorlens_utils.trees.questionnaire import distances, folder_means, plant, questionnaire
+from tensorlens_utils.trees.questionnaire import distances, plant, questionnaire, weighted_means
 
 BAR = 3200  # 10 s at 320 GF/s
+SIZES = [(64, 32), (128, 32), (256, 32), (384, 32), (128, 16), (128, 64), (128, 128), (128, 256)]  # tokens, heads
 
 
 def noise(*shape, device="cpu"):
@@ -27,7 +29,7 @@ def work(trees):
     """(operations of the matrix products, absolute differences) of one round with these trees, both / 1e9."""
     products = differences = 0
     for axis, tree in enumerate(trees):
-        (first, last), n = (folder_means(other) for k, other in enumerate(trees) if k != axis), tree.n
+        (first, last), n = (weighted_means(other) for k, other in enumerate(trees) if k != axis), tree.n
         products += 2 * n * len(first) * last.shape[1] * (first.shape[1] + len(last))
         differences += n * (n - 1) / 2 * len(first) * len(last)
     return products / 1e9, differences / 1e9
@@ -59,10 +61,21 @@ def test_three_rounds_on_256_x_256_x_128(benchmark, device, snr_db):
         assert cost < BAR
 
 
-@pytest.mark.parametrize("n, heads", [(64, 32), (128, 32), (256, 32), (384, 32), (128, 16), (128, 64), (128, 128),
-                                      (128, 256)])  # fmt: skip
-def test_a_round_against_n_and_heads(benchmark, device, n, heads):
-    """The start and a round on n × n × heads random numbers, the hardest to organise: trees have the most folders."""
+@pytest.fixture(scope="module")
+def times():
+    """What was measured in this run: (what, size) -> seconds."""
+    return {}
+
+
+def exponent(at):
+    """The power with which seconds grow, by least squares through {size: seconds}."""
+    return float(np.polyfit(*np.log([*zip(*at.items(), strict=True)]), 1)[0])
+
+
+@pytest.mark.parametrize("n, heads", SIZES)
+def test_a_round_against_n_and_heads(benchmark, device, times, n, heads):
+    """The start and a round on n × n × heads random numbers, the hardest to organise: trees have the most folders. Of
+    tokens the time takes less than the cube, which is the law of its count, and of heads about the first power."""
     x = noise(n, n, heads, device=device)
     found = benchmark.pedantic(lambda: questionnaire(x, rounds=1), rounds=4, warmup_rounds=1)
     growing = min(seconds(lambda: [linkage_tree(K) for K in found.affinities], device) for _ in range(4))
@@ -72,12 +85,18 @@ def test_a_round_against_n_and_heads(benchmark, device, n, heads):
         "products_a_round": products, "differences_a_round": differences,
         "matmul_gflops": machine(device)["gigaflops_per_second"],
     }  # fmt: skip
+    times[n, heads] = benchmark.stats.stats.min
+    if all(size in times for size in SIZES):
+        of_tokens = exponent({n: times[n, heads] for n, heads in SIZES if heads == 32})
+        of_heads = exponent({heads: times[n, heads] for n, heads in SIZES if n == 128})
+        benchmark.extra_info |= {"exponent_of_tokens": of_tokens, "exponent_of_heads": of_heads}
+        assert of_tokens < 3 and of_heads < 1.2
 
 
 def test_distances_against_pdist_and_cdist_on_all_means_at_once(benchmark, device):
     """The same weighted means of 256 slices of 128 × 64, in one matrix: scipy's pdist, torch's cdist, ours."""
     x, trees = noise(256, 128, 64, device=device), [Tree.dyadic(128), Tree.dyadic(64)]
-    first, last = (folder_means(tree).to(x) for tree in trees)
+    first, last = (weighted_means(tree).to(x) for tree in trees)
 
     def means():
         return (first @ x @ last.T).flatten(1)
@@ -100,8 +119,12 @@ def test_distances_against_pdist_and_cdist_on_all_means_at_once(benchmark, devic
 
 @pytest.mark.parametrize("n", [256, 1024])
 @pytest.mark.parametrize("grow", [linkage_tree, flexible_tree, binary_tree])
-def test_growing_a_tree(benchmark, grow, n):
+def test_growing_a_tree(benchmark, times, grow, n):
+    """Time grows no faster than n³, as that of eigenvectors does."""
     x = noise(n, 16)
     K = from_distances(distances(x, [Tree.dyadic(16)]))
     tree = benchmark.pedantic(lambda: grow(K), rounds=2)
-    benchmark.extra_info |= {"n": n, "depth": tree.depth, "folders": len(folder_means(tree))}
+    benchmark.extra_info |= {"n": n, "depth": tree.depth, "folders": len(weighted_means(tree))}
+    times[grow, n] = benchmark.stats.stats.min
+    if (grow, 256) in times and n > 256:
+        assert exponent({size: times[grow, size] for size in (256, n)}) < 3
