@@ -46,7 +46,7 @@ HEADS = """from tensorlens_utils import load_model
 from tensorlens_utils.data import world
 from tensorlens_utils.lenses import unembedding
 from tensorlens_utils.lenses.exploring import explore_heads
-from tensorlens_utils.lenses.families import Moments
+from tensorlens_utils.lenses.moments import Moments
 from tensorlens_utils.lenses.heads import Heads
 from tensorlens_utils.lenses.training import train
 

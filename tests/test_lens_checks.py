@@ -2,14 +2,15 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES as MODELS
 
-from tensorlens_utils import load_model
+from tensorlens_utils import load_data, load_model
 from tensorlens_utils.data import world
-from tensorlens_utils.lenses import unembedding
+from tensorlens_utils.lenses import Lens, bias_only, unembedding
 from tensorlens_utils.lenses.checks import (
     _matched,
     ablation,
@@ -23,8 +24,10 @@ from tensorlens_utils.lenses.checks import (
     steering,
     together,
 )
-from tensorlens_utils.lenses.families import Moments
-from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.data import Examples
+from tensorlens_utils.lenses.families import Full
+from tensorlens_utils.lenses.heads import Heads, replaced
+from tensorlens_utils.lenses.moments import Moments
 from tensorlens_utils.lenses.training import train
 
 NAMES = [(layer, head) for layer in range(2) for head in range(4)]  # d = 4 each
@@ -105,6 +108,8 @@ def test_texts_count_once_however_long_they_are():
     assert by_text(values, seen).tolist() == [[2.5, 7.5], [12.5, 17.5]]
     part = seen[seen.position >= 4]  # of the first text only
     assert by_text(values[:, :2], part).tolist() == [[0.5], [10.5]]
+    rest = by_text(values[:, :4], seen[seen.text == 1])  # a column is the same text, whatever the positions
+    assert rest[:, 0].isnan().all() and rest[:, 1].tolist() == [1.5, 11.5]
 
 
 def test_batches_are_put_together_in_their_order():
@@ -114,6 +119,9 @@ def test_batches_are_put_together_in_their_order():
     assert both.text.tolist() == a.text.tolist() + [2] * 6 + [3] * 6 and both.z.shape == (8, 22, 4)
     assert torch.equal(both[10:16].z, b.z) and torch.equal(both.log_p[16:], b.log_p) and len(both.scale) == 22
     assert together([heads.capture(inputs)]).scale is None
+    for wrong, told in (([], "here there is none"), ([a, b.at(9)], "here one has none")):
+        with pytest.raises(ValueError, match=told):
+            together(wrong)
 
 
 def test_agreement_is_the_share_of_first_choices_in_common():
@@ -130,7 +138,7 @@ def test_agreement_is_the_share_of_first_choices_in_common():
         assert 0 < found.mean() < 1
 
 
-def test_distances_are_jensen_and_shannons():
+def test_distances_are_jensen_and_shannons(monkeypatch):
     (lenses, _), (_, heads, inputs) = read(), random_model()
     seen = heads.capture(inputs, scale=True)
     q, r = (lens.log_probs(seen).exp() for lens in lenses.values())
@@ -141,6 +149,8 @@ def test_distances_are_jensen_and_shannons():
             for u, v in zip(x.tolist(), y.tolist(), strict=True):
                 total += u / 2 * math.log(2 * u / (u + v)) + v / 2 * math.log(2 * v / (u + v))
         assert float(found[a, b]) == pytest.approx(total / len(seen))
+    monkeypatch.setattr("tensorlens_utils.lenses.checks.PIECE", 3 * 8 * 16)  # three positions at a time, of ten
+    assert torch.allclose(distances(*lenses.values(), seen), found, rtol=1e-12)
     itself = distances(lenses["lens"], lenses["lens"], seen)
     assert itself.diagonal().abs().max() < 1e-12 and torch.allclose(itself, itself.mT)
     assert 0 < itself[0, 1] < math.log(2)
@@ -216,10 +226,30 @@ def test_ablation_is_what_other_hooks_and_loops_find(by):
 
 def test_ablation_says_what_it_takes():
     (lenses, _), (_, _, inputs) = read(), random_model()
-    with pytest.raises(ValueError, match="'median'"):
-        ablation(lenses, inputs, "median")
+    for by, told in (("median", "'median'"), (torch.zeros(4), r"\(8, 4\); not by \(4,\)")):
+        with pytest.raises(ValueError, match=told):
+            ablation(lenses, inputs, by)
     with pytest.raises(ValueError, match=r"1\.\.8, half of the vocabulary, and is 9"):
         ablation(lenses, inputs, k=9)
+    with pytest.raises(ValueError, match="give more than one token"):
+        ablation(lenses, {"input_ids": torch.tensor([[5]])}, "resample", k=3)
+    with pytest.raises(ValueError, match="of 0 such objects"):
+        ablation({}, inputs)
+    heads = Heads(random_model()[0], inputs, dtype=torch.float64)
+    with pytest.raises(ValueError, match="of 2 such objects"):
+        ablation({**lenses, "other": Lens(heads, lenses["lens"].family, {})}, inputs)
+
+
+def test_heads_are_put_at_one_mean_whatever_the_order_of_lenses():
+    (lenses, m), (_, _, inputs) = read(), random_model()
+    moved = Full({**lenses["lens"].family.parameters}, m.mu + 0.1)
+    both = {"a": lenses["lens"], "b": Lens(lenses["lens"].heads, moved, {})}
+    for pair in (both, dict(reversed(both.items()))):
+        with pytest.raises(ValueError, match="several, of other text.*by=moments.mu"):
+            ablation(pair, inputs, k=3)
+    one, other = (ablation(pair, inputs, m.mu, k=3) for pair in (both, dict(reversed(both.items()))))
+    assert torch.equal(one["moved"], other["moved"]) and torch.equal(one["b"]["named"], other["b"]["named"])
+    assert torch.equal(one["moved"], ablation(lenses, inputs, "mean", k=3)["moved"])
 
 
 def test_repair_is_the_change_of_later_heads_kl_to_the_former_answer():
@@ -293,6 +323,22 @@ def test_steering_is_what_another_hook_finds():
     assert found["lens"]["side"].min() > 0
 
 
+def test_a_lens_that_does_not_listen_moves_nothing_and_tokens_are_ids():
+    (_, m), (_, heads, inputs) = read(), random_model()
+    none, tokens = directions(bias_only(heads, m), m.S, torch.tensor([3])), torch.tensor([3])
+    assert none.shape == (8, 1, 4) and not none.any()
+    assert not steering({"none": none}, heads, inputs, tokens)["none"]["gain"].any()
+    for wrong in (-1, 16):
+        with pytest.raises(ValueError, match="ids from 0 to 15"):
+            directions(bias_only(heads, m), m.S, torch.tensor([3, wrong]))
+        with pytest.raises(ValueError, match="ids from 0 to 15"):
+            steering({"none": none}, heads, inputs, torch.tensor([wrong]))
+    with pytest.raises(ValueError, match=r"8 heads × 2 tokens.*\{'none': \(8, 1, 4\)\}"):
+        steering({"none": none}, heads, inputs, torch.tensor([3, 4]))
+    with pytest.raises(ValueError, match="no text has a position 50"):
+        repair(read()[0]["lens"], inputs, 50)
+
+
 def test_what_is_added_is_added_to_one_head_only():
     z, by = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5)
     assert added(1, 2, by)(0, z) is z
@@ -302,16 +348,78 @@ def test_what_is_added_is_added_to_one_head_only():
 
 @pytest.mark.parametrize("make", ["llama", "gemma3", "mixtral"])
 def test_the_checks_run_on_models_of_other_makes(make):
-    """With grouped heads, RMS norms, gates and experts: resampling from the same place changes nothing, and the model
-    moves where a head that says something is taken away."""
+    """With grouped heads, RMS norms, gates and experts, against the same from each text by itself, without padding, its
+    heads replaced all over."""
     lenses, m = read(make)
     _, heads, inputs = random_model(make)
-    found = ablation(lenses, inputs, "zero", k=3)
-    assert (found["moved"] > -1e-6).all() and found["moved"].max() > 1e-3
-    assert found["unembedding"]["correlation"][4:].mean() > found["lens"]["correlation"][4:].mean()
-    tokens = torch.tensor([5])
-    gain = steering({"unembedding": directions(lenses["unembedding"], m.S, tokens)}, heads, inputs, tokens, size=0.3)
-    assert gain["unembedding"]["gain"][4:].mean() > 0
+    found, back = ablation(lenses, inputs, "zero", k=3, seed=1), repair(lenses["lens"], inputs)
+    g, tokens = torch.Generator().manual_seed(1), torch.tensor([5])
+    torch.randperm(10, generator=g)
+    moves = {"unembedding": directions(lenses["unembedding"], m.S, tokens)}
+    gain = steering(moves, heads, inputs, tokens, size=0.3)["unembedding"]["gain"]
+    for h, (layer, head) in enumerate(heads.names):
+        sides, at = torch.randint(0, 2, (10, 3), generator=g), 0
+        for text, ids in enumerate(texts(inputs)):
+            whole = heads.capture({"input_ids": ids}, scale=True)
+            gone, n = heads.capture({"input_ids": ids}, edit=replaced(layer, head, 0.0)), len(whole)
+            fall = whole.log_p - gone.log_p
+            close(found["moved"][h, text], (whole.p * fall).sum(-1).mean(), 1e-6)
+            for name, lens in lenses.items():
+                x, gaps, weighted = lens.said(whole, slice(h, h + 1))[0], [], []
+                for t in range(n):
+                    named = sorted(range(16), key=x[t].tolist().__getitem__)[:-4:-1]
+                    rest = matched(whole.log_p[t], named, sides[at + t].tolist())
+                    gaps.append(sum(fall[t, v] for v in named) / 3 - sum(fall[t, v] for v in rest) / 3)
+                    C = torch.cov(torch.stack([x[t], fall[t]]), aweights=whole.p[t])
+                    weighted.append(C[0, 1] / (C[0, 0] * C[1, 1]).sqrt())
+                close(found[name]["named"][h, text], torch.stack(gaps).mean(), 1e-6)
+                close(found[name]["weighted"][h, text], torch.stack(weighted).mean(), 1e-6)
+            at += n
+            if layer == 0:
+                at_mean = replaced(layer, head, lenses["lens"].family.mu[h])
+                after = heads.capture({"input_ids": ids}, edit=at_mean)
+                change = lenses["lens"].kl(replace(after, log_p=whole.log_p)) - lenses["lens"].kl(whole)
+                close(back[h, 4:, text], change[4:].mean(-1), 1e-6)
+            last = torch.zeros(1, n, 4).double()
+            last[0, -1] = 0.3 * moves["unembedding"][h, 0]
+            pushed = heads.capture({"input_ids": ids}, edit=added(layer, head, last))
+            close(gain[h, text], (pushed.log_p - whole.log_p)[-1, 5], 1e-6)
+    assert found["moved"].max() > 1e-3 and gain[4:].mean() > 0
+
+
+@pytest.mark.parametrize(("name", "data", "column"), [("tiny-bert", "reviews", "text"),
+                                                      ("tiny-vit", "digits", "image")])
+def test_the_checks_run_on_encoders_and_on_images(name, data, column):
+    """One answer for each text or image, whatever the position; heads are moved at the class token."""
+    model, processor = load_model(name, dtype="float64")
+    batches = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+               for batch in Examples(load_data(data).select(range(60)), processor, 15, column)]  # fmt: skip
+    heads = Heads(model, batches[0], processor, torch.float64)
+    lens = train(heads, batches, steps=0, warm=3, progress=False)
+    inputs = {k: v[:3] for k, v in batches[0].items()}
+    whole = heads.capture(inputs)
+    found, later = ablation({"lens": lens}, inputs, "zero", k=1), repair(lens, inputs, 0)
+    label, S = torch.tensor([1]), Moments.of(map(heads.capture, batches)).S
+    moves = {"lens": directions(lens, S, label)}
+    moved = steering(moves, heads, inputs, label, size=2.0, position=0)["lens"]["gain"]
+    for h in (0, 7, 14):
+        layer, head = heads.names[h]
+        gone = heads.capture(inputs, edit=replaced(layer, head, 0.0))
+        close(found["moved"][h], by_text((whole.p * (whole.log_p - gone.log_p)).sum(-1), whole))
+
+        def push(k, z, layer=layer, head=head, by=2 * moves["lens"][h, 0]):
+            z = z.clone()
+            z[:, 0, head] += by * (k == layer)
+            return z
+
+        pushed = heads.capture(inputs, edit=push)
+        close(moved[h], by_text((pushed.log_p - whole.log_p)[:, 1], whole))
+        after = heads.capture(inputs, edit=replaced(layer, head, lens.family.mu[h])).at(0)
+        change = lens.kl(replace(after, log_p=whole.at(0).log_p)) - lens.kl(whole.at(0))
+        close(later[h, 4 * layer + 4:], change[4 * layer + 4:])
+    assert found["moved"].max() > 1e-3 and (moved[12:].mean(0) > 0).all()  # the last layer, which the answer reads
+    with pytest.raises(ValueError, match="or one that all have; 500 is that of 0 in 3 texts"):
+        steering(moves, heads, inputs, label, position=500)
 
 
 def test_the_head_that_facts_need_is_found_in_the_zoos_gpt():

@@ -14,8 +14,8 @@ from tensorlens_utils import load_data, load_model
 from tensorlens_utils.data import world
 from tensorlens_utils.lenses import unembedding
 from tensorlens_utils.lenses.exploring import explore_heads
-from tensorlens_utils.lenses.families import Moments
 from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.moments import Moments
 from tensorlens_utils.lenses.training import train
 
 TEXTS = ["the capital of france is", "the capital of peru is"]
@@ -119,6 +119,15 @@ def test_words_that_are_no_words_for_a_page_or_a_formula():
     assert {word for row in grid(shown) for word, *_ in row} <= {"<b>&", "$x$ $", "␣a"}
     assert "<b>&<" not in shown.view.value and "<lens>" not in shown.view.value
     shown._repr_mimebundle_()
+
+
+def test_a_model_with_more_logits_than_tokens_is_explored():
+    model, tokenizer = load_model("tiny-gpt")
+    model.resize_token_embeddings(960, mean_resizing=False)
+    heads = Heads(model, tokenizer(["a"], return_tensors="pt"), tokenizer)
+    text = [{"input_ids": world.Text(seed).rows(2)} for seed in range(4)]
+    shown = board({"lens": train(heads, text, steps=0, warm=3, progress=False)}, k=960)
+    assert "[953]" in {word for words in beside(shown).values() for word, _ in words}
 
 
 def test_images_are_read_into_labels():

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measurements import lenses_grid
 from measurements.lenses import HELD_OUT, STEPS, STORIES, TEXT, real, rounded, tiny
 
 from tensorlens_utils import load_model
 from tensorlens_utils.intervals import interval
 from tensorlens_utils.lenses.data import Rows
+from tensorlens_utils.lenses.families import FAMILIES
 from tensorlens_utils.lenses.heads import Heads
 from tensorlens_utils.lenses.training import train
 
-MEASURED = json.loads((Path(__file__).parent / "measurements" / "lenses.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent / "measurements"
+MEASURED, GRID = (json.loads((HERE / name).read_text(encoding="utf-8")) for name in ("lenses.json", "lenses_grid.json"))
 
 
 def test_the_table_that_the_notebook_draws_is_complete():
@@ -43,6 +46,23 @@ def test_the_closed_form_closes_more_than_half_of_the_gap():
 def test_the_table_says_what_is_measured_again():
     again = rounded(tiny(TEXT[:1], families=()))
     assert np.allclose(again["closed form"][80], MEASURED["tiny-gpt"]["closed form"]["80"], atol=2e-3)
+
+
+def test_the_grid_has_every_family_under_every_objective_that_it_can_take():
+    goals = lenses_grid.OBJECTIVES
+    taken = {f"{family} | {goal}" for family in FAMILIES for goal in goals if lenses_grid.goes(family, goal)}
+    assert len(taken) == 5 * 4 + 3 * 2 and {*GRID} == taken | {"unembedding", "bias only", "torch", "steps", "rows"}
+    for name in taken | {"unembedding", "bias only"}:
+        assert {key: len(values) for key, values in GRID[name].items()} == {
+            "kl": lenses_grid.HELD_OUT, **dict.fromkeys(("named", "correlation", "weighted"), lenses_grid.TEXTS)}
+    assert (GRID["steps"], GRID["rows"]) == (lenses_grid.STEPS, lenses_grid.BATCHES * lenses_grid.ROWS)
+
+
+def test_the_grid_says_what_is_measured_again():
+    goals = {"sum, last": lenses_grid.OBJECTIVES["sum, last"]}
+    for name, one in lenses_grid.rounded(lenses_grid.grid(["full"], goals)).items():
+        for key, values in one.items():
+            assert np.allclose(values, GRID[name][key], atol=5e-3), (name, key)
 
 
 def test_a_real_models_lenses_are_what_the_table_says_and_hear_a_story(shared_data):

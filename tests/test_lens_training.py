@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from tensorlens_utils.data import world
 from tensorlens_utils.lenses.data import Examples, Rows
 from tensorlens_utils.lenses.families import FAMILIES
 from tensorlens_utils.lenses.heads import Heads
-from tensorlens_utils.lenses.regression import OBJECTIVES
+from tensorlens_utils.lenses.moments import Moments
+from tensorlens_utils.lenses.regression import OBJECTIVES, losses
 from tensorlens_utils.lenses.training import train
 
 # Runs of 24 steps, a state at every third: undisturbed, killed three times, and by two processes. Those are forked from
@@ -30,10 +32,10 @@ import torch
 from accelerate import Accelerator, debug_launcher
 from tensorlens_utils import load_model
 from tensorlens_utils.lenses.heads import Heads
-from tensorlens_utils.lenses.training import _Run, train
+from tensorlens_utils.lenses.training import Run, train
 
 torch.set_num_threads(1)
-folder, step = sys.argv[1], _Run.step
+folder, step = sys.argv[1], Run.step
 fork = multiprocessing.get_context("fork")
 began, done = fork.Value("i", 0), fork.Value("i", 0)
 
@@ -41,7 +43,12 @@ model, tokenizer = load_model("tiny-attn")
 heads, g = Heads(model, tokenizer(["a"], return_tensors="pt"), tokenizer), torch.Generator().manual_seed(0)
 batches = [{"input_ids": torch.randint(3, 68, (4, 24), generator=g)} for _ in range(7)]
 
-def run(name, family, objective, pause=0.0, accelerator=None):
+# the first process has long texts, the second short ones, none of which comes to position 9
+short = torch.ones(4, 24, dtype=torch.long)
+short[1::2, 7:] = 0
+uneven = [{"input_ids": batch["input_ids"] * short, "attention_mask": short} for batch in batches]
+
+def run(name, family, objective, pause=0.0, accelerator=None, text=batches, **options):
     began.value = done.value = 0
 
     def counted(self, *args):
@@ -50,9 +57,9 @@ def run(name, family, objective, pause=0.0, accelerator=None):
         step(self, *args)
         done.value = self.done
 
-    _Run.step = counted
-    train(heads, batches[2:], held_out=batches[:2], family=family, objective=objective, steps=24, warm=3,
-          path=f"{folder}/{name}", save_every=3, progress=False, accelerator=accelerator)
+    Run.step = counted
+    train(heads, text[2:], held_out=text[:2], family=family, objective=objective, steps=24, warm=3,
+          path=f"{folder}/{name}", save_every=3, progress=False, accelerator=accelerator, **options)
 
 def start(*args):
     process = fork.Process(target=run, args=args)
@@ -61,7 +68,12 @@ def start(*args):
 
 def shared(name):
     run(name, "full", "kl", accelerator=Accelerator(cpu=True))
+    for what, options in UNEVEN.items():
+        run(f"{what}, {name}", "full", "kl", accelerator=Accelerator(cpu=True), text=uneven, **options)
 
+UNEVEN = {"all": {}, "at 9": {"positions": 9}}
+for what, options in UNEVEN.items():
+    run(f"{what}, one", "full", "kl", text=uneven, **options)
 g, told = torch.Generator().manual_seed(0), {}
 for family, objective in (("full", "kl"), ("translator", "reverse"), ("low rank", "sum"), ("shared by layer", "next")):
     run(f"{family}, whole", family, objective)
@@ -118,8 +130,6 @@ def test_every_family_learns_and_starts_from_more_than_the_unigram(family):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_is_what_training_makes_small(objective):
-    from tensorlens_utils.lenses.regression import losses
-
     heads, batches = case()
     seen = [heads.capture(batch) for batch in batches]
     seen = [s[s.following >= 0] for s in seen]
@@ -149,8 +159,6 @@ def test_captured_batches_and_inputs_give_the_same_lenses():
 
 
 def test_moments_from_another_run_are_taken_as_they_are():
-    from tensorlens_utils.lenses.families import Moments
-
     heads, batches = case()
     m = Moments()
     for batch in batches[1:4]:
@@ -183,9 +191,21 @@ def test_two_processes_give_the_lenses_of_one(runs):
     assert torch.allclose(*measured, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("what", "positions"), [("all", 2 * (24 + 7)), ("at 9", 2)])
+def test_two_processes_of_which_one_has_less_to_read_or_nothing_give_the_lenses_of_one(runs, what, positions):
+    folder, _ = runs
+    a, b = (load_file(folder / f"{what}, {how}") for how in ("one", "two"))
+    for name in a:
+        assert float((a[name] - b[name]).norm()) < 1e-4 * float(a[name].norm()), name
+    about = [json.loads(safe_open(folder / f"{what}, {how}", "pt").metadata()["lens"]) for how in ("one", "two")]
+    assert about[0]["tokens"] == about[1]["tokens"] == 24 * positions
+    assert about[0]["held_out"]["alpha"] == about[1]["held_out"]["alpha"]
+
+
 def test_nothing_but_the_lenses_stays_behind(runs):
-    assert sorted(os.listdir(runs[0])) == sorted([f"{family}, {how}" for family in runs[1]
-                                                  for how in ("whole", "killed")] + ["two"])  # fmt: skip
+    made = [f"{family}, {how}" for family in runs[1] for how in ("whole", "killed")]
+    made += ["two", *(f"{what}, {how}" for what in ("all", "at 9") for how in ("one", "two"))]
+    assert sorted(os.listdir(runs[0])) == sorted(made)
 
 
 def test_a_finished_file_is_given_back_and_anothers_is_refused(tmp_path):
@@ -198,16 +218,111 @@ def test_a_finished_file_is_given_back_and_anothers_is_refused(tmp_path):
     assert path.stat().st_mtime_ns == stamp and again.about == made.about
     with pytest.raises(ValueError, match="steps was 2, now is 3.*remove the file"):
         train(heads, batches, steps=3, warm=3, path=path, progress=False)
+    later = [*batches[:3], batches[5], *batches[4:]]  # the first batch is the same, and so is the second
+    square = [{"input_ids": batch["input_ids"].view(8, 12)} for batch in batches]
+    for other in (batches[1:], later, square, [heads.capture(batch) for batch in batches]):
+        with pytest.raises(ValueError, match="text was"):
+            train(heads, other, steps=2, warm=3, path=path, progress=False)
+    m, m_too = (Moments.of(heads.capture(batch) for batch in some) for some in (batches[1:4], later[1:4]))
+    for changed, what in (({"held_out": batches[:1]}, "held_out_text was None"), ({"moments": m}, "moments was None")):
+        with pytest.raises(ValueError, match=what):
+            train(heads, batches, steps=2, warm=3, path=path, progress=False, **changed)
+    train(heads, batches, steps=2, moments=m, held_out=batches[:1], path=tmp_path / "two", progress=False)
+    train(heads, batches, steps=2, moments=m, held_out=batches[:1], path=tmp_path / "two", progress=False)
+    for changed, what in (({"held_out": batches[:2]}, "held_out_text was"), ({"moments": m_too}, "moments was")):
+        with pytest.raises(ValueError, match=what):
+            train(heads, batches, path=tmp_path / "two", progress=False,
+                  **{"steps": 2, "moments": m, "held_out": batches[:1]} | changed)  # fmt: skip
+    changed, _ = load_model("tiny-attn")
+    next(changed.parameters()).data *= 1 + 0.05 * torch.randn(68, 1, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="this one is another: its weights are others"):
+        train(Heads(changed, heads.example, heads.processor), batches, steps=2, warm=3, path=path, progress=False)
+
+
+def test_a_run_knows_how_a_captured_batch_was_captured(tmp_path):
+    heads, batches = case()
+    seen = [heads.capture(batch) for batch in batches]
+    made = train(heads, seen, steps=1, warm=3, path=tmp_path / "a", progress=False)
+    assert all(s.p is not None for s in seen), "a number that was made from others since"
+    assert train(heads, seen, steps=1, warm=3, path=tmp_path / "a", progress=False).about == made.about
+    other = [replace(s, log_p=s.log_p.roll(1, 1)) for s in seen]
     with pytest.raises(ValueError, match="text was"):
-        train(heads, batches[1:], steps=2, warm=3, path=path, progress=False)
+        train(heads, other, steps=1, warm=3, path=tmp_path / "a", progress=False)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    heads, batches = case()
+    seen = [heads.capture(batch) for batch in batches]
+    kl, logits = Moments.of(seen), Moments.of(seen, of_logits=True)
+    for m, objective in ((kl, "logits"), (logits, "kl"), (kl, "sum")):
+        with pytest.raises(ValueError, match="moments are of what is learned from.*leave them out"):
+            train(heads, batches, objective=objective, moments=m, progress=False)
+    with pytest.raises(ValueError, match="captured without it"):
+        train(heads, batches, family="translator", moments=kl, progress=False)
+    scaled = Moments.of(heads.capture(batch, scale=True) for batch in batches[1:4])
+    for family, objective, m in (("translator", "kl", scaled), ("full", "logits", Moments.of(seen[1:4], True))):
+        lenses = [train(heads, batches, family=family, objective=objective, steps=2, warm=3, progress=False, **extra)
+                  for extra in ({}, {"moments": m})]  # fmt: skip
+        for name, p in lenses[0].family.parameters.items():
+            assert torch.equal(p, lenses[1].family.parameters[name]) and p.isfinite().all()
+
+
+def test_a_batch_without_the_positions_asked_for_is_passed_over_but_not_the_first():
+    heads, batches = case()
+    short = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+    a, b = (train(heads, text, positions=3, steps=5, warm=2, progress=False)
+            for text in ([*batches[:4], short], [*batches[:4], {"input_ids": short["input_ids"].flip(1)}]))
+    assert a.about["tokens"] == 4 * 4 and torch.equal(a.family.parameters["W"], b.family.parameters["W"])
+    with pytest.raises(ValueError, match="none of the positions asked for, 3: begin"):
+        train(heads, [short, *batches], positions=3, progress=False)
+    with pytest.raises(ValueError, match="held out, and it has none of the positions asked for, 3"):
+        train(heads, batches, held_out=[short], positions=3, progress=False)
+
+
+def test_products_in_bfloat16_and_batches_in_bfloat16_train():
+    heads, batches = case()
+    a, b = (train(heads, batches, steps=20, warm=6, precision=p, progress=False) for p in (None, torch.bfloat16))
+    gap = (a.family.parameters["W"] - b.family.parameters["W"]).norm() / a.family.parameters["W"].norm()
+    assert 1e-5 < gap < 0.1 and b.about["precision"] == "torch.bfloat16"
+    model, processor = load_model("tiny-vit", dtype="bfloat16")
+    images = [{k: v.bfloat16() for k, v in batch.items()}
+              for batch in Examples(load_data("digits").select(range(60)), processor, 20, "image")]
+    found = train(Heads(model, images[0], processor), images, positions=0, steps=2, warm=2, progress=False)
+    assert found.family.parameters["W"].isfinite().all() and found.about["dtype"] == "torch.bfloat16"
 
 
 def test_refusals():
     heads, batches = case()
     with pytest.raises(ValueError, match="family must be one of full, .*'fulll'"):
         train(heads, batches, family="fulll")
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="at least one batch, and there is none: is the text shorter"):
         train(heads, Rows(["too short"], heads.processor))
+    with pytest.raises(ValueError, match="there is none held out: is the text shorter"):
+        train(heads, batches, held_out=Rows(["too short"], heads.processor))
+    with pytest.raises(ValueError, match="the first batch settles α and the next `warm` the moments"):
+        train(heads, batches[:1])
+    for family in ("shared by layer", "shared by model"):
+        with pytest.raises(ValueError, match="a shared lens reads what each head writes by itself"):
+            train(heads, batches, family=family, objective="sum")
+    for wrong in ({"steps": -1}, {"save_every": 0}, {"warm": -1}):
+        with pytest.raises(ValueError, match="steps and warm are counted from 0, save_every from 1"):
+            train(heads, batches, **wrong)
+    for once in ((batch for batch in batches), iter(batches), batches[0], heads.processor(["a"])):
+        with pytest.raises(ValueError, match="^batches are gone through more than once"):
+            train(heads, once)
+        with pytest.raises(ValueError, match="^batches held out are gone through more than once"):
+            train(heads, batches, held_out=once)
+
+    class Spent:
+        rest = iter(batches)
+
+        def __iter__(self):
+            yield from self.rest
+
+    with pytest.raises(ValueError, match="there are none any more"):
+        train(heads, Spent(), warm=20)
+    with pytest.raises(TypeError, match="'Captured' object is not iterable"):
+        train(heads, heads.capture(batches[0]))
     with pytest.raises(ValueError, match="rank of a lens lies in 1..16"):
         train(heads, batches, family="low rank", rank=17)
 
@@ -230,6 +345,24 @@ def test_rows_follow_one_another_without_a_gap():
     stream = load_data("stories").select(range(40)).to_iterable_dataset()
     twice = [torch.cat([b["input_ids"] for b in Rows(stream, tokenizer, rows=2, length=10)]) for _ in range(2)]
     assert torch.equal(twice[0], rows) and torch.equal(twice[1], rows)
+
+
+@pytest.mark.parametrize("kind", [Rows, Examples])
+def test_one_text_splits_and_streams_that_end_are_no_data(kind):
+    _, tokenizer = load_model("tiny-gpt")
+    for wrong in ("the capital of france is", {"train": ["a"], "test": ["b"]}, iter(["a"])):
+        with pytest.raises(ValueError, match="data are gone through more than once"):
+            kind(wrong, tokenizer)
+    with pytest.raises(ValueError, match="the column is one of 'kind', 'words'; 'text' is none"):
+        next(iter(kind([{"kind": 1, "words": "a"}], tokenizer)))
+
+
+def test_rows_of_one_long_text_are_those_of_its_tokens():
+    _, tokenizer = load_model("tiny-gpt")
+    text = " ".join(load_data("stories")["text"][:30])
+    ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    rows = [batch["input_ids"] for batch in Rows([text], tokenizer, 2, 10)]
+    assert len(rows) == len(ids) // 20 > 10 and torch.cat(rows).flatten().tolist() == ids[:20 * len(rows)]
 
 
 def test_examples_are_padded_and_cut():

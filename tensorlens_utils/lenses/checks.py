@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from ..attentions import main_input
-from . import Lens
-from .families import power
-from .heads import Captured, Edit, Heads, replaced
+from . import Lens, heads_of
+from .heads import Captured, Edit, Heads, edited, replaced
+from .moments import power
+
+PIECE = 2**25  # probabilities of all heads that are kept at once
 
 
 def together(batches: Iterable[Captured]) -> Captured:
@@ -42,6 +44,9 @@ def together(batches: Iterable[Captured]) -> Captured:
     [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]
     """
     batches = [*batches]
+    if not batches or not all(map(len, batches)):
+        raise ValueError("batches that are put together have positions, and here "
+                         + ("one has none" if batches else "there is none"))  # fmt: skip
     counts = torch.tensor([0, *(int(b.text.max()) + 1 for b in batches[:-1])]).cumsum(0).tolist()
     parts = {f.name: [getattr(b, f.name) for b in batches] for f in fields(Captured)}
     parts["text"] = [b.text + k for b, k in zip(batches, counts, strict=True)]
@@ -49,10 +54,10 @@ def together(batches: Iterable[Captured]) -> Captured:
 
 
 def by_text(values: Tensor, seen: Captured) -> Tensor:
-    """Means (..., N) within texts of values (..., n) at positions, on the CPU, where intervals are taken."""
-    _, text = seen.text.unique(return_inverse=True)
-    count = text.bincount().to(values)
-    return values.new_zeros(*values.shape[:-1], len(count)).index_add_(-1, text, values).div_(count).cpu()
+    """Means (..., N) within texts of values (..., n) at positions, on the CPU, where intervals are taken; NaN for texts
+    that have none, so that a column is the same text whatever the positions."""
+    count = seen.text.bincount().to(values)
+    return values.new_zeros(*values.shape[:-1], len(count)).index_add_(-1, seen.text, values).div_(count).cpu()
 
 
 def agreement(lens: Lens, seen: Captured, k: int = 10) -> Tensor:
@@ -74,9 +79,13 @@ def distances(lens: Lens, other: Lens, seen: Captured) -> Tensor:
     def entropy(x):
         return torch.special.entr(x).sum(-1)
 
-    q, r = (x.log_probs(seen).exp() for x in (lens, other))
-    H_r = entropy(r)
-    return torch.stack([(entropy((q_a + r) / 2) - (entropy(q_a) + H_r) / 2).mean(-1) for q_a in q]).cpu()
+    A, V = len(lens.heads.names), lens.heads.V
+    total = seen.z.new_zeros(A, len(other.heads.names))
+    for at in torch.arange(len(seen)).split(max(1, PIECE // (A * V))):
+        q, r = (x.log_probs(seen[at]).exp() for x in (lens, other))
+        H_r = entropy(r)
+        total += torch.stack([(entropy((q_a + r) / 2) - (entropy(q_a) + H_r) / 2).sum(-1) for q_a in q])
+    return (total / len(seen)).cpu()
 
 
 # --- ablation --------------------------------------------------------------------------------------------------------
@@ -98,13 +107,14 @@ def _correlation(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-12)
 
 
-def ablation(lenses: Mapping[str, Lens], inputs, by: str = "mean", k: int = 10, seed: int = 0) -> dict:
+def ablation(lenses: Mapping[str, Lens], inputs, by: str | Tensor = "mean", k: int = 10, seed: int = 0) -> dict:
     """Take each head away in turn, and compare what falls with what each lens says that the head says.
 
     Args:
         lenses: of one model, by name.
-        inputs: texts as the model takes them.
-        by: z̄: the "mean" of z, "zero", or the z of a random other position ("resample").
+        inputs: texts or images as the model takes them.
+        by: z̄: the "mean" of z that the lenses were made with, "zero", the z of a random other position ("resample"), or
+            numbers (A, d) of one's own, such as the mean where lenses were made with several.
         k: how many tokens are named.
         seed: of the random choices.
 
@@ -121,26 +131,33 @@ def ablation(lenses: Mapping[str, Lens], inputs, by: str = "mean", k: int = 10, 
     >>> found["moved"].shape == found["lens"]["named"].shape == (len(heads.names), 5)
     True
     """
-    if by not in ("mean", "zero", "resample"):
-        raise ValueError(f'a head is taken away by its "mean", by "zero" or by "resample", not by {by!r}')
-    some = next(iter(lenses.values()))
-    heads, g = some.heads, torch.Generator().manual_seed(seed)
+    heads, g = heads_of(lenses), torch.Generator().manual_seed(seed)
+    mean, *others = (lens.family.mu for lens in lenses.values())
+    ways = {"mean": mean, "zero": torch.zeros_like(mean), "resample": None}
+    if isinstance(by, str) and by not in ways or isinstance(by, Tensor) and by.shape != mean.shape:
+        raise ValueError(f'a head is taken away by its "mean", by "zero", by "resample" or by numbers, '
+                         f"{tuple(mean.shape)}; not by {by if isinstance(by, str) else tuple(by.shape)!r}")  # fmt: skip
+    if isinstance(by, str) and by == "mean" and not all(torch.allclose(mean, mu, 1e-3, 1e-5) for mu in others):
+        raise ValueError("heads are put at their mean, and these lenses were made with several, of other text or other "
+                         "positions: say by which one, as by=moments.mu")  # fmt: skip
     if not 1 <= k <= heads.V // 2:
         raise ValueError(f"as many tokens are matched as are named, so k lies in 1..{heads.V // 2}, half of the "
                          f"vocabulary, and is {k}")  # fmt: skip
     seen = heads.capture(inputs, scale=any(lens.family.through_unembedding for lens in lenses.values()))
-    place, shape = (seen.text, seen.position), main_input(inputs).shape[:2]
+    if len(seen) < 2:
+        raise ValueError("heads are resampled from other positions, and correlations compared over several: give more "
+                         "than one token")  # fmt: skip
+    place, instead = (seen.text, seen.position), ways[by] if isinstance(by, str) else by.to(mean)
     ring, elsewhere = torch.randperm(len(seen), generator=g), torch.empty(len(seen), dtype=torch.long)
     elsewhere[ring] = ring.roll(1)  # each gets another's, never its own
     flat, order = torch.full_like(seen.p[:1], 1 / heads.V), seen.log_p.argsort(-1)
     found = {name: {"named": [], "correlation": [], "weighted": []} for name in lenses}
     moved = []
     for h, (layer, head) in enumerate(heads.names):
-        d = heads.sizes[h]
-        other = {"mean": some.family.mu[h, None].expand(len(seen), -1), "zero": torch.zeros_like(seen.z[h]),
-                 "resample": seen.z[h, elsewhere]}[by][:, :d]  # fmt: skip
-        z = other.new_zeros(*shape, d).index_put_(place, other).to(next(heads.model.parameters()).dtype)
-        fall = seen.log_p - heads.capture(inputs, edit=replaced(layer, head, z)).log_p
+        other = seen.z[h, elsewhere] if instead is None else instead[h].expand(len(seen), -1)
+        other = other[:, :heads.sizes[h]]
+        put = edited(layer, head, lambda z, other=other: z.index_put(place, other.to(z)))
+        fall = seen.log_p - heads.capture(inputs, edit=put).log_p
         moved.append((seen.p * fall).sum(-1))
         side = torch.randint(0, 2, (len(seen), k), generator=g).to(order)  # the same for all lenses
         for name, lens in lenses.items():
@@ -159,21 +176,25 @@ def repair(lens: Lens, inputs, positions: str | int = "all") -> Tensor:
 
     Args:
         lens: of the model.
-        inputs: texts as the model takes them.
+        inputs: texts or images as the model takes them.
         positions: as in `Captured.at`: those that are looked at; the head is at its mean at all of them.
 
     Returns:
         (A, A, N): [h, g] is KL(p ‖ q'_g) − KL(p ‖ q_g) with h at its mean; NaN unless g's layer is behind h's.
     """
     heads = lens.heads
-    before = lens.capture(inputs).at(positions)
-    layers, kl = torch.tensor([layer for layer, _ in heads.names]), lens.kl(before)
+    before = lens.capture(inputs, positions=positions)
+    if not len(before):
+        raise ValueError(f"no text has a position {positions!r} to look at")
+    layers, kl = [layer for layer, _ in heads.names], lens.kl(before)
     found = by_text(kl, before)[None].repeat(len(kl), 1, 1).fill_(torch.nan)
     for h, (layer, head) in enumerate(heads.names):
-        at_mean = lens.family.mu[h, :heads.sizes[h]].to(next(heads.model.parameters()).dtype)
-        after = lens.capture(inputs, edit=replaced(layer, head, at_mean)).at(positions)
-        change = lens.kl(replace(after, log_p=before.log_p)) - kl
-        found[h, layers > layer] = by_text(change, before)[layers > layer]
+        if layer == layers[-1]:  # behind it there is none
+            break
+        later = slice(next(a for a, other in enumerate(layers) if other > layer), None)
+        at_mean = replaced(layer, head, lens.family.mu[h, :heads.sizes[h]])
+        after = lens.capture(inputs, edit=at_mean, positions=positions)
+        found[h, later] = by_text(lens.kl(replace(after, log_p=before.log_p), later) - kl[later], before)
     return found
 
 
@@ -182,27 +203,28 @@ def repair(lens: Lens, inputs, positions: str | int = "all") -> Tensor:
 
 def added(layer: int, head: int, by: Tensor) -> Edit:
     """The edit that adds `by`, broadcast to (N, S, d), to what one head has read."""
+    return edited(layer, head, lambda z: z + by)
 
-    def edit(k: int, z: Tensor) -> Tensor:
-        if k == layer:
-            z = z.clone()
-            z[:, :, head] += by
-        return z
 
-    return edit
+def _ids(tokens: Tensor, V: int) -> Tensor:
+    if not ((tokens >= 0) & (tokens < V)).all():
+        raise ValueError(f"tokens are ids from 0 to {V - 1}, and {tokens.tolist()} are not all")
+    return tokens
 
 
 def directions(lens: Lens, S: Tensor, tokens: Tensor) -> Tensor:
     """The shortest ways to make each head say each token more: (A, tokens, d), S and tokens on the lens's device.
 
     For a token v, with w its row of the lens less the mean row, S w / √(wᵀS w), S (A, d, d) the covariance of z: of all
-    moves m of z that are as usual as this one, mᵀS⁻¹m = 1, it raises the lens's logit of v most.
+    moves m of z that are as usual as this one, mᵀS⁻¹m = 1, it raises the lens's logit of v most. It is 0 where the
+    lens does not listen, and w is 0.
     """
-    found, S = [], S.to(lens.family.mu)
+    found, S, tokens = [], S.to(lens.family.mu), _ids(tokens, lens.heads.V)
     for h in range(len(S)):
         W = lens.family.weight(slice(h, h + 1), slice(0, lens.heads.V))[0, :, :S.shape[-1]]
         w = W[tokens] - W.mean(0)
-        found.append(w @ S[h] / ((w @ S[h]) * w).sum(-1, keepdim=True).sqrt())
+        size = ((w @ S[h]) * w).sum(-1, keepdim=True)
+        found.append(w @ S[h] / size.clamp_min(torch.finfo(size.dtype).tiny).sqrt())
     return torch.stack(found)
 
 
@@ -212,31 +234,38 @@ def random_directions(S: Tensor, n: int, seed: int = 0) -> Tensor:
     return (g / g.norm(dim=-1, keepdim=True)) @ power(S, 0.5).to(S)
 
 
-def steering(moves: Mapping[str, Tensor], heads: Heads, inputs, tokens: Tensor, size: float = 3.0) -> dict:
-    """Move what each head has read at each text's last position, and see what the model says there.
+def steering(moves: Mapping[str, Tensor], heads: Heads, inputs, tokens: Tensor, size: float = 3.0,
+             position: str | int = "last") -> dict:  # fmt: skip
+    """Move what each head has read at one position of each text or image, and see what the model says there.
 
     Args:
         moves: directions (A, tokens, d) by name, such as `directions` gives and `random_directions`.
         heads: of the model.
-        inputs: texts as the model takes them.
-        tokens: what each move is to make more likely.
+        inputs: texts or images as the model takes them.
+        tokens: what each move is to make more likely; of a class model, labels.
         size: how far z is moved, in standard deviations of z.
+        position: the "last" one, or one that all have, as 0 for a class token.
 
     Returns:
         For each name {"gain": (A, N), log p'_v − log p_v of the token; "side": (A, N), the side effect, KL(before ‖
         after) of the distribution over all other tokens}, means over the tokens.
     """
-    T, N = len(tokens), len(main_input(inputs))
+    T, N = len(_ids(tokens, heads.V)), len(main_input(inputs))
+    if wrong := {name: tuple(move.shape) for name, move in moves.items() if move.shape[:2] != (len(heads.names), T)}:
+        raise ValueError(f"moves are {len(heads.names)} heads × {T} tokens × width, and these are otherwise: {wrong}")
     many = {k: v.repeat_interleave(T, 0) for k, v in inputs.items()}
-    before = heads.capture(many).at("last")
-    each, target = torch.arange(N * T).to(before.text), tokens.to(before.text).repeat(N)
+    before = heads.capture(many, positions=position)
+    if not torch.equal(before.text.cpu(), torch.arange(N * T)):
+        raise ValueError(f'heads are moved at one position of each text, the "last" or one that all have; {position!r} '
+                         f"is that of {len(before) / T:g} in {N} texts")  # fmt: skip
+    place, each, target = (before.text, before.position), before.text, tokens.to(before.text).repeat(N)
     found = {}
     for name, move in moves.items():
         gain, side = [], []
         for h, (layer, head) in enumerate(heads.names):
-            by = move.new_zeros(N * T, main_input(many).shape[1], heads.sizes[h])
-            by[each, before.position] = size * move[h, :, :heads.sizes[h]].repeat(N, 1)
-            after = heads.capture(many, edit=added(layer, head, by.to(next(heads.model.parameters()).dtype))).at("last")
+            by = size * move[h, :, :heads.sizes[h]].repeat(N, 1)
+            push = edited(layer, head, lambda z, by=by: z.index_put(place, by.to(z), accumulate=True))
+            after = heads.capture(many, edit=push, positions=position)
             gain.append((after.log_p - before.log_p)[each, target])
             others = [x.log_p.scatter(1, target[:, None], -torch.inf).log_softmax(-1) for x in (before, after)]
             gap = (others[0] - others[1]).scatter(1, target[:, None], 0)

@@ -17,6 +17,27 @@ import torch
 from torch import Tensor
 
 
+def repeated(data: Iterable, what: str = "data") -> Iterable:
+    """`data`, if it can be gone through again and again, one example or batch after the other.
+
+    >>> repeated(row for row in ["a text"])
+    Traceback (most recent call last):
+    ValueError: data are gone through more than once, one after the other: give a list or a split of a data set, or of \
+these Rows or Examples, and not a generator
+    """
+    if isinstance(data, str) or hasattr(data, "items") or iter(data) is data:
+        raise ValueError(f"{what} are gone through more than once, one after the other: give a list or a split of a "
+                         f"data set, or of these Rows or Examples, and not a {type(data).__name__}")  # fmt: skip
+    return data
+
+
+def _values(data: Iterable, column: str) -> Iterator:
+    for row in data:
+        if hasattr(row, "keys") and column not in row:
+            raise ValueError(f"the column is one of {', '.join(map(repr, row))}; {column!r} is none")
+        yield row[column] if hasattr(row, "keys") else row
+
+
 class Rows:
     """A text data set as rows of token ids that are full to the end, (rows, length) a batch, the same at every pass.
 
@@ -29,6 +50,9 @@ class Rows:
         rows, length: of a batch.
         column: where the text is.
 
+    Raises:
+        ValueError: for data that are one text, several splits, or gone after one pass; for a column that is not there.
+
     >>> from tensorlens_utils import load_data, load_model
     >>> _, tokenizer = load_model("tiny-gpt")
     >>> next(iter(Rows(load_data("stories"), tokenizer, rows=2, length=16)))["input_ids"].shape
@@ -36,17 +60,18 @@ class Rows:
     """
 
     def __init__(self, data: Iterable, tokenizer: Any, rows: int = 8, length: int = 128, column: str = "text"):
-        self.data, self.tokenizer, self.rows, self.length, self.column = data, tokenizer, rows, length, column
+        self.data, self.tokenizer, self.rows, self.length, self.column = repeated(data), tokenizer, rows, length, column
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         ids, size = [], self.rows * self.length
-        for row in self.data:
-            new = self.tokenizer(row if isinstance(row, str) else row[self.column], verbose=False).input_ids
+        for text in _values(self.data, self.column):
+            new = self.tokenizer(text, verbose=False).input_ids
             end = self.tokenizer.eos_token_id
             ids += new if end is None or new[-1:] == [end] else [*new, end]
-            while len(ids) >= size:
-                yield {"input_ids": torch.tensor(ids[:size]).view(self.rows, self.length)}
-                ids = ids[size:]
+            full = len(ids) - len(ids) % size
+            for start in range(0, full, size):
+                yield {"input_ids": torch.tensor(ids[start:start + size]).view(self.rows, self.length)}
+            del ids[:full]
 
 
 class Examples:
@@ -59,10 +84,10 @@ class Examples:
     """
 
     def __init__(self, data: Iterable, processor: Any, rows: int = 32, column: str = "text"):
-        self.data, self.processor, self.rows, self.column = data, processor, rows, column
+        self.data, self.processor, self.rows, self.column = repeated(data), processor, rows, column
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        values = (row[self.column] if isinstance(row, dict) else row for row in self.data)
+        values = _values(self.data, self.column)
         while some := [*itertools.islice(values, self.rows)]:
             words = {"padding": True, "padding_side": "right", "truncation": True}
             text = words if isinstance(some[0], str) else {}

@@ -18,8 +18,8 @@ from matplotlib.text import Text
 
 from ..menus import Explorer, by_name, typed, typed_or_chosen
 from ..plotting import PAGE_WIDTH, PALETTE, cells, signed
-from . import Lens
-from .heads import Captured
+from . import Lens, heads_of
+from .heads import Captured, Heads
 
 SHOW = {"probability": False, "against its mean": True}  # as Lens.tokens takes it
 BLUE = "0,114,178"
@@ -51,11 +51,8 @@ def explore_heads(lenses: Mapping[str, Lens], examples: Sequence | Mapping[str, 
     >>> board.controls["position"].value, "layer 0, head 0, at “is”" in board.view.value
     (5, True)
     """
-    if not lenses or len({id(lens.heads) for lens in lenses.values()}) > 1:
-        raise ValueError("lenses are one or more of one model's heads, the same `Heads` object, by name; not of "
-                         f"{len({id(lens.heads) for lens in lenses.values()})} such objects")  # fmt: skip
-    examples = by_name(examples)
-    said, is_text = _Said(lenses, examples, k), isinstance(next(iter(examples.values())), str)
+    heads, examples = heads_of(lenses), by_name(examples)
+    said, is_text = _Said(heads, lenses, examples, k), isinstance(next(iter(examples.values())), str)
     menus = {"example": [*examples]} | ({"text": typed()} if is_text else {})
     menus |= {"position": said.positions, "lens": [*lenses], "head": said.heads, "show": [*SHOW]}
     return typed_or_chosen(Explorer(menus, said.html, said.figure, "choose the text, position, lens and head"))
@@ -79,9 +76,8 @@ class _Words(NamedTuple):
 class _Said:
     """What the explorer of heads shows: computed when asked for, and remembered."""
 
-    def __init__(self, lenses: Mapping[str, Lens], examples: Mapping[str, Any], k: int):
-        self.lenses, self.examples = dict(lenses), examples
-        self.of, self.one = next(iter(lenses.values())).heads, next(iter(lenses.values()))
+    def __init__(self, heads: Heads, lenses: Mapping[str, Lens], examples: Mapping[str, Any], k: int):
+        self.of, self.lenses, self.examples, self.one = heads, dict(lenses), examples, next(iter(lenses.values()))
         self.k = min(k, self.of.V)
         self.case, self.words = cache(self._case), cache(self._words)
 

@@ -29,87 +29,14 @@ with δ = ∂ loss/∂logits it is δᵀf for the matrix on f, and the chain rul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor
 
-from .heads import Captured, Heads
+from .heads import Heads
+from .moments import EPS, Moments, power
 
-Reduce = Callable[[Tensor], Tensor]
-EPS = 1e-6  # of the largest eigenvalue: directions with less variance are noise, and left out
-
-
-def power(S: Tensor, exponent: float) -> Tensor:
-    """A power of symmetric positive matrices (..., d, d), their null space left out."""
-    values, vectors = torch.linalg.eigh(S.double())
-    kept = values > EPS * values[..., -1:]
-    values = torch.where(kept, values.clamp_min(1e-300) ** exponent, 0)
-    return (vectors * values[..., None, :]) @ vectors.mT
-
-
-def same(x: Tensor) -> Tensor:
-    """The sum over processes, where there is one."""
-    return x
-
-
-class Moments:
-    """What all starts follow from: means over positions, `of` a list of batches, or of those `add`ed before `close`.
-
-    n          positions
-    weights    (V,) π, the diagonal of the Hessian in the logits; for logit regression 1/V
-    offset     (V,) where biases begin: log π, or the mean of log p less its own mean
-    mu, S, C   (A, d), (A, d, d), (A, V, d); for logit regression C is that of log p, over V
-    white      (A, d, d) S^−½
-    scale      the mean s, where it was captured
-    """
-
-    def __init__(self, of_logits: bool = False):
-        self.of_logits, self.n = of_logits, 0
-
-    @classmethod
-    def of(cls, batches: Iterable[Captured], of_logits: bool = False) -> Moments:
-        m = cls(of_logits)
-        for seen in batches:
-            m.add(seen)
-        return m.close()
-
-    def add(self, seen: Captured, reduce: Reduce = same) -> Moments:
-        """`reduce` sums a tensor over processes, of which each has its own positions."""
-        y, (A, _, d) = seen.log_p - seen.log_p.mean(-1, keepdim=True) if self.of_logits else seen.p, seen.z.shape
-        if not self.n:
-            count, V = reduce(seen.z.new_tensor(float(len(seen)), dtype=torch.float64)), y.shape[1]
-            self.near = (reduce(seen.z.double().sum(1)) / count)[:, None]  # taken off, lest digits cancel
-            self.z, self.zz, self.y, self.scale = (self.near.new_zeros(n) for n in ((A, d), (A, d, d), V, ()))
-            self.C = seen.z.new_zeros(A, V, d)
-        z = seen.z - self.near
-        self.n += len(seen)
-        self.z += z.sum(1)
-        self.zz += z.mT @ z
-        self.y += y.sum(0)
-        self.scale += 0 if seen.scale is None else seen.scale.sum()
-        for total, x in zip(self.C, z.to(seen.z), strict=True):
-            total.addmm_(y.mT, x)
-        return self
-
-    def close(self, reduce: Reduce = same) -> Moments:
-        """From one process's sums to everyone's means."""
-        self.n = float(reduce(self.z.new_tensor(float(self.n))))
-        z, zz, y, scale = (reduce(x) / self.n for x in (self.z, self.zz, self.y, self.scale))
-        self.C, like = reduce(self.C).div_(self.n), self.C
-        for C, mean in zip(self.C, z.to(like), strict=True):
-            C.addr_(y.to(like), mean, alpha=-1)
-        self.mu, self.S, self.scale = (z + self.near[:, 0]).to(like), zz - z[:, :, None] * z[:, None], float(scale)
-        self.white = power(self.S, -0.5).to(like)
-        self.weights = torch.full_like(y, 1 / len(y)).to(like) if self.of_logits else y.to(like).clamp_min(1e-30)
-        self.offset = y.to(like) if self.of_logits else self.weights.log()
-        if self.of_logits:
-            self.C /= len(y)
-        return self
-
-    def newton(self, h: int) -> Tensor:
-        """Newton's step for head h in white coordinates, (V, d)."""
-        return self.C[h] @ self.white[h] / self.weights[:, None]
+NO_SCALE = ("a lens through the unembedding needs what the final norm divides by at each position, and these were "
+            "captured without it: Heads.capture(inputs, scale=True)")  # fmt: skip
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -215,6 +142,9 @@ class LowRank(Family):
     def weight(self, heads, chunk):
         return self.parameters["B"][heads, chunk] @ self.parameters["A"][heads]
 
+    def raised(self, f, heads, chunk):
+        return f @ self.parameters["A"][heads].mT @ self.parameters["B"][heads, chunk].mT
+
     def pull(self, heads, chunk, slope, f, share):
         super().pull(heads, chunk, slope, f, share)
         B, A = self.parameters["B"], self.parameters["A"]
@@ -239,6 +169,8 @@ class Translator(Family):
     @classmethod
     def start(cls, m, heads, rank):
         M, beta = heads.readout.M, heads.readout.beta
+        if m.scale is None:
+            raise ValueError(NO_SCALE)
         mean = M.mT @ m.weights
         root = power((M.mT * m.weights) @ M - torch.outer(mean, mean), -0.5).to(M) / (m.scale * M.shape[1] ** 0.5)
         M = M @ root
@@ -249,6 +181,8 @@ class Translator(Family):
         return cls({"T": T, "c": c.repeat(len(T), 1)}, m.mu, m.white, M, beta, root)
 
     def features(self, z, scale, heads):
+        if scale is None:
+            raise ValueError(NO_SCALE)
         f = super().features(z, scale, heads)
         return torch.cat([f, torch.ones_like(f[..., :1])], -1) * scale[:, None]
 
@@ -310,6 +244,12 @@ class Shared(Family):
     def weight(self, heads, chunk):
         L = self.parameters["L"]
         return torch.stack([L[g, chunk] @ F for g, F in zip(self.unit[heads].tolist(), self.F[heads], strict=True)])
+
+    def raised(self, f, heads, chunk):
+        if f.shape[-2] < f.shape[-1]:  # by way of the stream, as a translator
+            return torch.stack([x @ F.mT @ self.parameters["L"][g, chunk].mT
+                                for g, x, F in zip(self.unit[heads].tolist(), f, self.F[heads], strict=True)])
+        return super().raised(f, heads, chunk)
 
     def pull(self, heads, chunk, slope, f, share):
         super().pull(heads, chunk, slope, f, share)

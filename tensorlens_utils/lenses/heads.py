@@ -32,6 +32,7 @@ from ..linearize import linearize, untouched
 from ..models import find_blocks, n_blocks
 
 Edit = Callable[[int, Tensor], Tensor]  # (layer, z (N, S, H, d)) -> z, of the same shape
+NEVER = -1e4  # the log-probability of a word that the model rules out by a logit of −∞: p is 0, and 0·log p, too
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Captured:
     text: Tensor
     position: Tensor
     scale: Tensor | None = None
+    __iter__ = None  # it is one batch, and no list of them
 
     def __len__(self) -> int:
         return len(self.log_p)
@@ -68,10 +70,19 @@ class Captured:
 
     def at(self, positions: str | int) -> "Captured":
         """"all" positions, the "last" one of each text, or those at k (0 is where a class token stands)."""
-        if positions == "all":
-            return self
-        last = self.text != torch.cat([self.text[1:], self.text.new_tensor([-1])])
-        return self[last if positions == "last" else self.position == positions]
+        return self if positions == "all" else self[chosen(self.text, self.position, positions)]
+
+
+def chosen(text: Tensor, position: Tensor, positions: str | int) -> Tensor:
+    """Which (n,) of the positions of some texts are named so, as in `Captured.at`."""
+    if positions == "all":
+        return torch.ones_like(text, dtype=torch.bool)
+    if positions == "last":
+        return text != torch.cat([text[1:], text.new_tensor([-1])])
+    if not isinstance(positions, int) or positions < 0:
+        raise ValueError(f'positions are "all", the "last" one of each text, or one that is counted from 0, and not '
+                         f"{positions!r}")  # fmt: skip
+    return position == positions
 
 
 @dataclass(frozen=True)
@@ -176,37 +187,46 @@ class Heads:
             raise ValueError("texts and images are read by a tokenizer or image processor, and these heads have none: "
                              "Heads(model, inputs, processor)")  # fmt: skip
         one = [examples] if isinstance(examples, str) or not isinstance(examples, Sequence) else [*examples]
+        if not one:
+            raise ValueError("heads read one text or image at least, and there is none in the list")
         text = {"truncation": True} if isinstance(one[0], str) else {}
         text |= {"padding": True, "padding_side": "right"} if text and len(one) > 1 else {}
         return dict(self.processor(one, return_tensors="pt", **text).to(self.W_O.device).items())
 
-    def capture(self, inputs, *, scale: bool = False, edit: Edit | None = None) -> Captured:
+    def capture(self, inputs, *, scale: bool = False, edit: Edit | None = None,
+                positions: str | int = "all") -> Captured:  # fmt: skip
         """Run the model on a batch; what its heads have read at each position that is not padding.
 
         Args:
             inputs: what the tokenizer or image processor gives.
             scale: whether to keep `Readout.scale`, which lenses through the model's own unembedding need.
             edit: (layer, z (N, S, H, d)) -> z, as `replaced` makes them: what is captured is the edited run.
+            positions: as in `Captured.at`, of which the model's answers are kept.
+
+        Raises:
+            ValueError: where a text begins behind padding, and where heads, mask and logits are not of one length.
         """
         inputs = dict(inputs.items())
+        mask = inputs.get("attention_mask")
+        if mask is not None and (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+            raise ValueError("texts are padded on the right, since models count places from the left edge, and some "
+                             "answer NaN behind padding whatever their position_ids; here one begins behind padding: "
+                             "take padding_side='right'")  # fmt: skip
         run = self._run(inputs, edit)
         (N, S), causal, like = run.z[0].shape[:2], run.logits.dim() == 3, main_input(inputs)
-        mask = inputs.get("attention_mask")
         mask = like.new_ones(N, S, dtype=torch.bool) if mask is None else mask.bool()
         if mask.shape != (N, S) or causal and run.logits.shape[1] != S:
             raise ValueError(f"a lens reads each position by itself, so heads, mask and logits have the same {S}; the "
                              f"mask is {tuple(mask.shape)}, the logits {tuple(run.logits.shape)}")  # fmt: skip
-        if "position_ids" not in inputs and (mask[:, 1:] & ~mask[:, :-1]).any():
-            raise ValueError("texts are padded on the right, since most models count places from the left edge; here "
-                             "one begins behind padding: take padding_side='right', or give position_ids")
         following = torch.full((N, S), -1, device=like.device)
         if causal:
             following[:, :-1] = like[:, 1:].where(mask[:, 1:], -1)
-        text, position = mask.nonzero(as_tuple=True)
-        y = (run.logits[mask] if causal else run.logits[text]).to(self.dtype)
-        z = torch.cat([self._padded(z[mask].transpose(0, 1), 2) for z in run.z]).to(self.dtype)
-        s = self.readout.scale(run.stream[mask].to(self.dtype), y) if scale else None
-        return Captured(z, y.log_softmax(-1), following[mask], text, position, s)
+        every = mask.nonzero().T
+        at = text, position = tuple(every[:, chosen(*every, positions)])
+        y = (run.logits[at] if causal else run.logits[text]).to(self.dtype)
+        z = torch.cat([self._padded(z[at].transpose(0, 1), 2) for z in run.z]).to(self.dtype)
+        s = self.readout.scale(run.stream[at].to(self.dtype), y) if scale else None
+        return Captured(z, y.log_softmax(-1).clamp_min_(NEVER), following[at], text, position, s)
 
     @cached_property
     @torch.no_grad()
@@ -237,14 +257,19 @@ class _Run:
     logits: Tensor | None = None
 
 
-def replaced(layer: int, head: int, by: Tensor | float) -> Edit:
-    """The edit that puts `by`, broadcast to (N, S, d), in place of what one head has read: 0, its mean, another's z."""
+def edited(layer: int, head: int, change: Callable[[Tensor], Tensor | float]) -> Edit:
+    """The edit that puts change(z) in place of what one head has read, z (N, S, d)."""
 
     def edit(k: int, z: Tensor) -> Tensor:
         if k != layer:
             return z
         z = z.clone()
-        z[:, :, head] = by
+        z[:, :, head] = change(z[:, :, head])
         return z
 
     return edit
+
+
+def replaced(layer: int, head: int, by: Tensor | float) -> Edit:
+    """The edit that puts `by`, broadcast to (N, S, d), in place of what one head has read: 0, its mean, another's z."""
+    return edited(layer, head, lambda z: by)

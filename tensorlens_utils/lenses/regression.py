@@ -21,6 +21,7 @@ of tall matrices laid out as they are multiplied, and a chunk of the vocabulary 
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -156,9 +157,14 @@ OBJECTIVES = {
 }
 
 
+def same(x: Tensor) -> Tensor:
+    """The sum over processes, where there is one."""
+    return x
+
+
 def blocks(A: int, n: int, V: int, piece: int) -> Iterator[tuple[slice, slice]]:
     """Heads and positions, a block of at most `piece` logits after the other; heads go fastest."""
-    rows = min(n, max(ROWS, piece // V))
+    rows = max(1, min(n, max(ROWS, piece // V)))
     heads = max(1, piece // (rows * V))
     for t in range(0, n, rows):
         for a in range(0, A, heads):
@@ -227,26 +233,36 @@ def predict(family, seen: Captured, heads: slice, rows: slice = slice(None)) -> 
 
 
 @torch.no_grad()
-def losses(family, seen: Captured, objective: str = "kl") -> Tensor:
-    """The loss of every head at every position, (A, n)."""
-    (n, V), A = seen.log_p.shape, len(seen.z)
-    found = seen.z.new_empty(A, n)
-    for heads, rows in blocks(A, n, V, PIECES.get(seen.z.device.type, PIECES["cuda"])[0]):
-        found[heads, rows] = OBJECTIVES[objective].loss(predict(family, seen, heads, rows), seen[rows])
+def losses(family, seen: Captured, objective: str = "kl", which: slice = slice(None)) -> Tensor:
+    """The loss of every head, or of some, at every position, (A', n)."""
+    (n, V), (first, stop, _) = seen.log_p.shape, which.indices(len(seen.z))
+    found = seen.z.new_empty(max(0, stop - first), n)
+    for heads, rows in blocks(len(found), n, V, PIECES.get(seen.z.device.type, PIECES["cuda"])[0]):
+        if not heads.start:
+            part = seen[rows]  # its p is made once for all heads
+        x = predict(family, seen, slice(first + heads.start, first + heads.stop), rows)
+        found[heads, rows] = OBJECTIVES[objective].loss(x, part)
     return found
 
 
-def damped(family, seen: Captured, objective: str = "kl", grid=DAMPING, reduce=lambda x: x) -> Tensor:
+@torch.no_grad()
+def damped(family, seen: Captured, objective: str = "kl", grid=DAMPING, reduce=same) -> Tensor:
     """Scale what multiplies z by the α of `grid` with the least loss on these positions, and return it for each lens.
 
-    `reduce` sums over processes, of which each has its own positions. The loss is convex in α for forward KL, the next
-    token and logit regression.
+    The logits go along a line, l(α) = l(0) + α (l(1) − l(0)), l(0) those at the mean of z. `reduce` sums over
+    processes, of which each has its own positions. The loss is convex in α for forward KL, the next token and logit
+    regression.
     """
-    linear, before, found = family.parameters[family.linear].detach(), 1.0, []
-    for alpha in grid:
-        linear *= alpha / before
-        before, total = alpha, losses(family, seen, objective).double().sum(1)
-        found.append(reduce(total.new_zeros(len(linear)).index_add_(0, family.unit, total)))
-    alphas = linear.new_tensor(grid)[torch.stack(found).argmin(0)]
-    linear *= (alphas / before).view(-1, *[1] * (linear.dim() - 1))
+    (n, V), A, linear = seen.log_p.shape, len(seen.z), family.parameters[family.linear].detach()
+    at_mean, found = replace(seen, z=family.mu[:, None].expand_as(seen.z)), seen.z.new_zeros(len(grid), A).double()
+    for heads, rows in blocks(A, n, V, PIECES.get(seen.z.device.type, PIECES["cuda"])[0]):
+        if not heads.start:
+            part = seen[rows]
+        start, whole = (predict(family, s, heads, rows) for s in (at_mean, seen))
+        for total, alpha in zip(found, grid, strict=True):
+            x = torch.lerp(start, whole, alpha)
+            total[heads] += OBJECTIVES[objective].loss(x, part).double().sum(1)
+    found = reduce(found.new_zeros(len(grid), len(linear)).index_add_(1, family.unit, found))
+    alphas = linear.new_tensor(grid)[found.argmin(0)]
+    linear *= alphas.view(-1, *[1] * (linear.dim() - 1))
     return alphas

@@ -35,7 +35,7 @@ from tensorlens_utils.costs import machine, peak_gigabytes, seconds
 from tensorlens_utils.lenses import fits
 from tensorlens_utils.lenses.families import Full
 from tensorlens_utils.lenses.heads import Heads
-from tensorlens_utils.lenses.training import _Run, train
+from tensorlens_utils.lenses.training import Run, train
 
 LAYERS, V, D, d = 12, 50257, 768, 64
 PARTS = 6  # of which one is held
@@ -82,7 +82,7 @@ class Published(nn.Module):
 def ours(heads, objective):
     """A run of `train` with the lenses of two layers, or of their heads, begun, so that its steps can be timed."""
     settings = fits(heads) | {"family": "full", "objective": objective, "positions": "all", "steps": 10**9, "lr": 1e-4}
-    run = _Run(heads, settings, None)
+    run = Run(heads, settings, None)
     A, k = (2, D) if objective == "sum" else (24, d)
     like = heads.W_O
     run.family = Full({"W": like.new_zeros(A, V, k), "b": like.new_zeros(A, V)}, like.new_zeros(A, k),

@@ -21,8 +21,8 @@ from tensorlens_utils.data import world
 from tensorlens_utils.lenses import bias_only, unembedding
 from tensorlens_utils.lenses.checks import ablation, by_text, together
 from tensorlens_utils.lenses.data import Rows
-from tensorlens_utils.lenses.families import Moments
 from tensorlens_utils.lenses.heads import Heads
+from tensorlens_utils.lenses.moments import Moments
 from tensorlens_utils.lenses.training import train
 
 HERE = Path(__file__).resolve()
