@@ -76,6 +76,30 @@ def test_an_edit_is_the_smallest_change_that_does_it():
         close(found.edit(difference, rank), difference @ torch.linalg.pinv(W, rtol=1e-9).T, 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_edit_beyond_what_w_spans_is_that_of_its_rank(dtype):
+    """W of less than full rank: ridge's, of n examples at most n − 1; a mean that was truncated; none at all."""
+    x = Examples(*(part.to(dtype) for part in (EXAMPLES.s, EXAMPLES.o)), {"tensor": EXAMPLES.W["tensor"].to(dtype)})
+    difference, bar = noise(3, d, seed=5).to(dtype), 1e-3 if dtype == torch.float32 else 1e-9
+    for decoder, r in ((fit("ridge", x), n - 1), (fit("tensor", x, rank=3), 3)):
+        assert torch.linalg.matrix_rank(decoder.W) == r
+        close(decoder.edit(difference, d), difference @ torch.linalg.pinv(decoder.W).T, bar)
+        close(decoder.edit(difference, d), decoder.edit(difference, r), bar)
+    assert not fit("bias", x).edit(difference, 2).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_states_ridge_learns_nothing_but_the_mean(dtype):
+    """Subjects of the same last word, at the embedding: their mean rounds, and W is not what is made of that."""
+    s = noise(d, seed=11).to(dtype).expand(n, d) * 30
+    assert (s - s.mean(0)).any()
+    found = fit("ridge", Examples(s, EXAMPLES.o.to(dtype), {}))
+    assert not found.W.any() and not found.edit(S.to(dtype), n - 1).any()
+    close(found.decode(S.to(dtype)), EXAMPLES.o.to(dtype).mean(0).expand(4, d), 1e-5)
+    near = s + 1e-3 * noise(n, d, seed=12).to(dtype)  # and of states that differ, if by little, it learns
+    assert fit("ridge", Examples(near, EXAMPLES.o.to(dtype), {})).W.norm() > 1
+
+
 def test_leaving_out_and_the_w_of_others():
     rest = EXAMPLES.without(2)
     assert len(rest) == n - 1 and torch.equal(rest.s[2], EXAMPLES.s[3])

@@ -1,6 +1,7 @@
 """Trials of relation decoders: what a row holds, how settings are chosen, intervals; causality, edits; hub models."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from tensorlens_utils.relations import Relation, Sample, load_relations, world_r
 from tensorlens_utils.relations.decoders import examples_of, fit
 from tensorlens_utils.relations.editing import EDITORS, Edit, evaluate_causality, key
 from tensorlens_utils.relations.faithfulness import (
-    MEASURES,
     Setting,
     Trial,
     agrees,
@@ -21,6 +21,7 @@ from tensorlens_utils.relations.faithfulness import (
     choose,
     crossed,
     evaluate_relations,
+    fingerprints,
     overall,
     scores,
 )
@@ -186,7 +187,36 @@ def test_scores_leave_out_what_was_learned_from_and_what_the_model_gets_wrong(ta
         assert np.array_equal(difference[name], expected, equal_nan=True)
     with pytest.raises(ValueError, match="measure is one of"):
         scores(table, "tensor", "faith")
-    assert set(MEASURES) >= {"faithful", "top3", "truth", "agreement", "kl"}
+    with pytest.raises(ValueError, match="measure is one of 'faithful', 'top3', 'truth', .*; 'causal' is none"):
+        scores(table, "tensor", "causal")
+
+
+def test_scores_have_a_place_for_every_sample(gpt):
+    """The relation's last one too, if every seed learned from it; a sample that was given twice counts once."""
+    few = SOME["element_symbol"].samples[:5]
+    made = (Relation(f"r{i}", ("the symbol of {} is",), few + few[:2], between=" . ") for i in range(100))
+    relation = next(r for r in made if r.split(1, 0)[0][0] == few[-1])
+    table = evaluate_relations(*gpt, {"r": relation}, seeds=1, n_examples=1, layers=[0], betas=[1], decoders=["bias"],
+                               progress=False)
+    values = scores(table, "bias", "truth")["r"]
+    assert values.shape == (1, 5) and np.isnan(values[0]).tolist() == [False] * 4 + [True]
+    assert ahead(table, "bias", "model", "truth")["r"].shape == (1, 5)
+
+
+def test_another_model_or_other_data_is_noticed(gpt):
+    """By one weight far in, by a buffer, by what the configuration says, by precision; of relations by every field."""
+    model, relation = copy.deepcopy(gpt[0]), SOME["fruit_colour"]
+    own = fingerprints(gpt[0], SOME)
+    assert fingerprints(model, SOME) == own == fingerprints(load_model("tiny-gpt")[0], SOME)
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_fc.weight[77, 200] += 1e-3
+    models = [model, load_model("tiny-gpt", dtype="bfloat16")[0], copy.deepcopy(gpt[0])]
+    models[2].config.activation_function = "relu"
+    assert len({fingerprints(m, SOME)["model"] for m in [gpt[0], *models]}) == 4
+    relations = [replace(relation, **change) for change in (
+        {}, {"between": "; "}, {"prompt_templates_zs": ("{} is",)}, {"prompt_templates": ("{} is",)},
+        {"samples": relation.samples[1:]}, {"properties": {}})]  # fmt: skip
+    assert len({fingerprints(gpt[0], {"r": r})["data"] for r in relations}) == len(relations)
 
 
 def test_the_crossed_interval_counts_both_seeds_and_samples():
@@ -201,8 +231,13 @@ def test_the_crossed_interval_counts_both_seeds_and_samples():
         draws.append(np.nanmean(values[rows][:, columns]))
     assert (low, high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.06)
     assert high - low > 2 * 1.96 * np.nanstd(values) / np.sqrt(values.size)  # far wider than if all were independent
-    with pytest.raises(ValueError, match="gets no sample right"):
-        crossed(np.full((2, 3), np.nan))
+    for n in (0, 1):  # scores of no sample, or of one under every seed
+        few = np.where(np.arange(3) < n, 1.0, np.full((2, 3), np.nan))
+        with pytest.raises(ValueError, match=f"two samples or more, and here are {n}"):
+            crossed(few)
+    one = crossed(values[:1])  # a seed alone: an interval over samples
+    alone = 2 * 1.96 * np.nanstd(values[0]) / np.isfinite(values[0]).sum() ** 0.5
+    assert one[2] - one[1] == pytest.approx(alone, rel=0.15)
 
 
 def test_a_token_agrees_by_its_beginning_or_whole():
@@ -220,9 +255,15 @@ def test_a_token_agrees_by_its_beginning_or_whole():
 def test_names_that_are_none_are_refused(gpt):
     for options, message in [({"decoders": ["tensors"]}, "decoder is one of"), ({"layers": [4]}, "layer is one of"),
                              ({"controls": ["none"]}, "control is one of"), ({"n_examples": 40}, "40"),
-                             ({"controls": ["other relation"]}, "give two or more")]:
+                             ({"controls": ["other relation"]}, "give two or more"), ({"template": 9}, "has 0 to"),
+                             ({"layers": []}, "one or more of the layers"), ({"betas": []}, "one or more of the betas"),
+                             ({"seeds": 0}, "one or more of the seeds"),
+                             ({"ranks": [129]}, r"in \[1, 128\].* not 129")]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            evaluate_relations(*gpt, {"element_symbol": SOME["element_symbol"]}, seeds=1, progress=False, **options)
+            evaluate_relations(*gpt, {"element_symbol": SOME["element_symbol"]}, progress=False,
+                               **{"seeds": 1, **options})  # fmt: skip
+    with pytest.raises(ValueError, match="one or more of the relations"):
+        evaluate_relations(*gpt, {})
     with pytest.raises(ValueError, match="editor is one of"):
         evaluate_causality(*gpt, SOME, editors=["lra"])
 
@@ -323,8 +364,9 @@ def test_the_real_relations_run_through_a_byte_tokenizer(shared_data):
     tokenizer = hub_tokenizer()
     for relation in relations.values():
         train, test = relation.split(2, seed=0)
-        asked = Asked(model, tokenizer, [relation.prompt(x, train) for x in test[:2]])
-        for ids, at, x in zip(asked.ids, asked.position, test, strict=False):
-            end = tokenizer.decode(ids[: at + 1])
-            assert end.rstrip("'\"").endswith(x.subject[-1]) or x.subject[-1] in tokenizer.decode(ids[at])
+        prompts = [relation.prompt(x, train) for x in test[:2]]
+        asked = Asked(model, tokenizer, prompts)
+        for ids, at, prompt in zip(asked.ids, asked.position, prompts, strict=True):
+            before, with_it = (tokenizer.decode(ids[1:k]).rstrip("\ufffd") for k in (at, at + 1))  # no half letters
+            assert prompt.text.startswith(with_it) and len(before) < prompt.end <= len(with_it)
             assert ids[0] == tokenizer.bos_token_id

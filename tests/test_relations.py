@@ -1,6 +1,7 @@
 """Relations as data: LRE's files and the micro-world's facts, what a broken file is told, prompts, splits, controls."""
 
 import json
+import re
 import zipfile
 from dataclasses import replace
 
@@ -93,10 +94,6 @@ BROKEN = {
 }  # fmt: skip
 
 
-def test_there_are_twenty_kinds_of_broken_file():
-    assert len(BROKEN) >= 20
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file_is_told_where_and_how(tmp_path, kind):
     data, message = BROKEN[kind]
@@ -122,8 +119,27 @@ def test_files_are_found_in_folders_and_zips_and_told_apart_by_name(tmp_path):
     written(folder, GOOD, "again.json")
     with pytest.raises(ValueError, match="capital.json: field 'name': .* named 'country capital' too. Rename one"):
         load_relations(folder)
-    with pytest.raises(FileNotFoundError, match="JSON file or a folder of them"):
-        load_relations(tmp_path / "nowhere")
+    for nowhere in ("nowhere", "nowhere.zip"):
+        with pytest.raises(FileNotFoundError, match=f"JSON file or a folder of them, and .*{nowhere}"):
+            load_relations(tmp_path / nowhere)
+
+
+def test_a_zip_is_read_as_it_is_now(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for capital in ("Paris", "Lutetia"):
+        with zipfile.ZipFile(tmp_path / "r.ZIP", "w") as made:
+            made.writestr("r.json", json.dumps(with_sample(0, {"subject": "France", "object": capital})))
+        assert load_relations("~/r.ZIP")["country capital"].samples[0].object == capital
+    (tmp_path / "text.zip").write_text("no zip at all")
+    with pytest.raises(ValueError, match="text.zip: a file that is named .zip is a zip, and this is none"):
+        load_relations(tmp_path / "text.zip")
+
+
+def test_escapes_that_were_escaped_once_more_are_read_as_meant(tmp_path):
+    names = [r"Bogot\u00E1", r"S\u00e3o Tom\u00e9", r"Party \uD83D\ude00"]  # either case of hex; a pair is one letter
+    data = changed(samples=[{"subject": name, "object": "x"} for name in names])
+    samples = load_relations(written(tmp_path, data))["country capital"].samples
+    assert [sample.subject for sample in samples] == ["Bogotá", "São Tomé", "Party 😀"]
 
 
 def test_without_a_network_the_repository_is_refused_with_what_stands_in():
@@ -160,6 +176,24 @@ def test_a_prompt_is_its_examples_line_by_line_and_then_the_question():
     alone = replace(relation, prompt_templates_zs=("What is the capital of {}? It is",))
     assert alone.prompt(relation.samples[2], template=1).text == "What is the capital of Egypt? It is"
     assert alone.prompt(relation.samples[1], relation.samples) == prompt
+
+
+def test_a_relation_made_by_hand_follows_the_rules_of_files():
+    relation = Relation("r", ("{} is",), [("Peru ", "Lima"), Sample("Peru", "Lima"), Sample("Cuba", " Havana")])
+    assert relation.samples == (Sample("Peru", "Lima"), Sample("Cuba", "Havana"))  # stripped, none twice
+    assert relation.prompt(relation.samples[0])[:3] == ("Peru is", 0, 4)
+    for wordings, message in [((), "a template or more"), (("It is",), "holds one {}"), (("{} {} is",), "holds one {}"),
+                              (("{} of {it} is",), "no other brace"), (("{} is ",), "ends in no blank"),
+                              ("{} is", "a list of texts; here is '{} is'")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^the relation 'r': .*{re.escape(message)}"):
+            Relation("r", wordings, relation.samples)
+    with pytest.raises(ValueError, match="'r': .*holds one {}"):
+        replace(relation, prompt_templates_zs=("What is it?",))
+    with pytest.raises(ValueError, match="'r': a sample has a subject and an object.*blank"):
+        replace(relation, samples=(Sample(" ", "Lima"),))
+    for template in (1, -1):
+        with pytest.raises(ValueError, match=f"by its number, and 'r' has 0 to 0; not {template}"):
+            relation.prompt(relation.samples[0], template=template)
 
 
 def test_the_world_asks_as_its_training_text_did_and_in_other_words():

@@ -1,9 +1,14 @@
 """From subject to object: T's block and its mean against dense references, in families with and without a cache."""
 
+import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
 import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
 from torch.utils.flop_counter import FlopCounterMode
 
 from tensorlens_utils import linearize, load_model
@@ -11,7 +16,7 @@ from tensorlens_utils.costs import peak_gigabytes
 from tensorlens_utils.models import n_blocks, word_tokenizer
 from tensorlens_utils.relations import Relation, Sample, world_relations
 from tensorlens_utils.relations.decoders import examples_of, fit
-from tensorlens_utils.relations.subjects import FROZEN, TANGENT, Asked, Head, encode
+from tensorlens_utils.relations.subjects import FROZEN, TANGENT, Asked, Head, _Cut, encode
 from tests.families import FAMILIES, FLOAT32, V
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -111,7 +116,6 @@ def lre(model, ids, p, k):
 
     read = []
     hook = blocks[k].register_forward_pre_hook(lambda module, args: read.append(args[0][0, p]))
-    o = None
     with torch.no_grad():
         model(ids[None], use_cache=False)
     hook.remove()
@@ -185,7 +189,60 @@ def test_more_steps_are_the_models_own_next_tokens(gpt, capitals):
     close(asked.matrices([0], step=0)[0], one.matrices([0])[0], 1e-12)
 
 
+def test_an_operator_keeps_its_boundary(gpt, capitals):
+    """Whatever boundaries are asked for after it, and whoever answers in between."""
+    asked = Asked(*gpt, capitals)
+    early = asked.tensors(1)
+    asked.tensors(3), asked.matrices([0, 2]), asked.answer(asked.s[2].flip(0), 2)
+    for T in early:
+        T.certificate().check()
+
+
+def test_what_is_put_behind_the_text_is_taken_off(gpt, capitals):
+    """A tokenizer that ends every text with a token: o is still read where the text ends."""
+    model, tokenizer = gpt
+    ending = copy.deepcopy(tokenizer)
+    ids = [(name, ending.convert_tokens_to_ids(name)) for name in ("<bos>", "<eos>")]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    assert ending("france").input_ids[-1] == ending.eos_token_id
+    assert encode(ending, capitals) == encode(tokenizer, capitals)
+    assert torch.equal(Asked(model, ending, capitals).o, Asked(model, tokenizer, capitals).o)
+
+
+def test_a_model_of_few_bits_is_read_in_float32(gpt, capitals):
+    """In bfloat16, as large models are kept, everything works that works in float32, and gives about the same."""
+    model = load_model("tiny-gpt", dtype="bfloat16")[0]
+    few, whole = Asked(model, gpt[1], capitals), Asked(*gpt, capitals)
+    W, right = few.matrices([1])[1], whole.matrices([1])[1]
+    for found in (few.s, few.o, few.logits, few.answer(few.s[2], 2), W):
+        assert found.dtype == torch.float32
+    assert (few.o - whole.o).norm() < 0.03 * whole.o.norm() and (W - right).norm() < 0.05 * right.norm()
+    close(few.answer(few.s[2], 2), few.o, 1e-6)  # the states are the model's own: nothing is lost on the way
+    mean = few.operator(1)
+    U, S, V = mean.svd(3, rounds=3)
+    close(S.double(), torch.linalg.svdvals(right.mean(0))[:3], 0.03)
+    close(mean.matvec(V), V @ W.mean(0).T, 0.03)
+
+
 # ------------------------------------------------------------------------------------------------------ what it costs
+
+
+def test_prompts_run_in_batches_and_need_not_be_kept(gpt, capitals, monkeypatch):
+    model, tokenizer = gpt
+    prompts = capitals[:2] * 3
+    whole = Asked(model, tokenizer, prompts)
+    monkeypatch.setattr("tensorlens_utils.relations.subjects.BATCH", 4)
+    some, brief = (Asked(model, tokenizer, prompts, keep=keep) for keep in (True, False))
+    assert len(whole.groups) == 1 and [len(rows) for rows, _ in some.groups] == [4, 2]
+    for asked in (some, brief):
+        close(asked.s, whole.s, 1e-12)
+        close(asked.logits, whole.logits, 1e-12)
+    close(some.matrices([1])[1], whole.matrices([1])[1], 1e-12)
+    close(some.answer(some.s[1].flip(0), 1), whole.answer(whole.s[1].flip(0), 1), 1e-12)
+    assert all(cut.prefix is None and not cut.states for _, cut in brief.groups)
+    for use in (lambda: brief.answer(brief.s[1], 1), lambda: brief.matrices([1]), lambda: brief.tensors(1)):
+        with pytest.raises(ValueError, match="ask with keep=True"):
+            use()
 
 
 def test_no_pass_meets_a_token_before_the_subject(gpt):
@@ -213,6 +270,24 @@ def test_the_chunk_bounds_the_memory_and_changes_nothing(gpt, capitals):
     assert peaks[0] < peaks[1] / 8
 
 
+def test_matrices_leave_no_graph_behind(gpt, capitals, monkeypatch):
+    """Nor the states in it, which would stay until the collector of cycles comes by."""
+    asked, forward, crossed = Asked(*gpt, capitals), _Cut.forward, []
+
+    def traced(cut, s):
+        o = forward(cut, s)
+        crossed.extend(weakref.ref(x) for x in [o, *cut.states.values()])
+        return o
+
+    monkeypatch.setattr(_Cut, "forward", traced)
+    gc.disable()
+    try:
+        asked.matrices([0, 2])
+        assert crossed and all(x() is None for x in crossed)
+    finally:
+        gc.enable()
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -227,9 +302,30 @@ def test_bad_input_is_told_so(gpt):
     for layer in (-1, 4, 99):
         with pytest.raises(ValueError, match=f"before a block, 0 to 3; not at {layer}"):
             asked.answer(asked.s[0], layer)
+    for s, shape in ((asked.s, r"\(4, 1, 128\)"), (asked.s[0, 0], r"\(128,\)")):
+        with pytest.raises(ValueError, match=rf"by one each, \(1, 128\), not by {shape}"):
+            asked.answer(s, 0)
+    for layers, options in (([], {}), ([0], {"step": 1}), ([0], {"step": -1}), ([0], {"chunk": 0})):
+        with pytest.raises(ValueError, match="one boundary or more, at a step of 0 to 0 and by chunks of 1 or more"):
+            asked.matrices(layers, **options)
+    with pytest.raises(ValueError, match="steps is 1, 2, ..., not 0"):
+        Asked(model, tokenizer, [relation.prompt(relation.samples[0])], steps=0)
     slow = type("Slow", (), {"is_fast": False})()
     with pytest.raises(ValueError, match="only a fast tokenizer tells, and Slow is none"):
         Asked(model, slow, [relation.prompt(relation.samples[0])])
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("GPT2Model", "has a head that scores each word.* GPT2Model has none"),
+    ("GPT2ForSequenceClassification", "GPT2ForSequenceClassification has none"),
+    ("BertForMaskedLM", "do not see what follows them, and those of BertForMaskedLM do"),
+])  # fmt: skip
+def test_models_that_do_not_go_on_with_a_text_are_refused(kind, message):
+    torch.manual_seed(0)
+    config = (transformers.BertConfig if "Bert" in kind else transformers.GPT2Config)(
+        vocab_size=V, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0, bos_token_id=1)
+    with pytest.raises(ValueError, match=message):
+        Asked(getattr(transformers, kind)(config), WORDS, PROMPTS)
 
 
 def test_the_model_is_left_as_it_was(gpt, capitals):

@@ -25,7 +25,10 @@ import difflib
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +61,10 @@ class Relation:
     """A relation: its samples, and its wordings, in which {} stands for the subject and which end before the object.
 
     `prompt_templates_zs` are for prompts without examples. `between` stands between two facts of a prompt: LRE puts
-    each on a line, the micro-world has " . ".
+    each on a line, the micro-world has " . ". Blanks round a subject or object are taken off, and a sample that comes
+    twice counts once.
+
+    Raises ValueError for a wording without its one {}, and for a blank subject or object.
     """
 
     name: str
@@ -68,9 +74,22 @@ class Relation:
     properties: dict[str, Any] = field(default_factory=dict)
     between: str = "\n"
 
+    def __post_init__(self):
+        samples = dict.fromkeys(Sample(*(text.strip() for text in sample)) for sample in self.samples)
+        object.__setattr__(self, "samples", tuple(samples))
+        for _, what in _wording_faults(vars(self)):
+            raise ValueError(f"the relation {self.name!r}: {what}")
+        if not all(text for sample in samples for text in sample):
+            raise ValueError(f"the relation {self.name!r}: a sample has a subject and an object, and one of these is "
+                             "blank. Fill it in, or take the sample out.")
+
     def prompt(self, sample: Sample, examples: Sequence[Sample] = (), template: int = 0) -> Prompt:
         """The prompt for a sample after these examples, those of the same subject left out (LRE, appendix B); given
-        none, in a wording for prompts without examples, where the relation has some."""
+        none, in a wording for prompts without examples, where the relation has some. Raises ValueError for a template
+        that is not there."""
+        if template not in range(len(self.prompt_templates)):
+            raise ValueError(f"a wording is asked for by its number, and {self.name!r} has 0 to "
+                             f"{len(self.prompt_templates) - 1}; not {template!r}")
         alone = () if examples else self.prompt_templates_zs  # these need not be as many
         wording = alone[template % len(alone)] if alone else self.prompt_templates[template]
         shots = [f"{wording.format(x.subject)} {x.object}" for x in examples if x.subject != sample.subject]
@@ -124,37 +143,55 @@ def world_relations(held_out: bool = True, plant: bool = False) -> dict[str, Rel
 
 def load_relations(source: str | Path = REPOSITORY) -> dict[str, Relation]:
     """Relations by name, from a JSON file, from all of a folder and the folders in it, or from a zip, here or on the
-    net (fetched once); by default from LRE's repository. Blanks round a subject or object are taken off, a sample that
-    comes twice counts once, and the two names that LRE's files escape twice (Brasília, Bogotá) are read as meant.
+    net (fetched once); by default from LRE's repository. The two names that LRE's files escape twice (Brasília, Bogotá)
+    are read as meant.
 
     Raises FileNotFoundError for a path that is not there or holds no JSON file, ConnectionError where the net cannot be
     reached, and ValueError for a file that is no relation, with its line, sample and field.
     """
-    folder = _unzipped(str(source)) if str(source).endswith(".zip") else Path(source).expanduser()
-    files = [folder] if folder.is_file() else sorted(folder.glob("**/*.json"))
-    if not files:
-        raise FileNotFoundError(f"Relations are a JSON file or a folder of them, and {str(source)!r} is neither. "
-                                "load_relations() fetches LRE's; world_relations() needs no file.")
     found: dict[str, Relation] = {}
-    for file in files:
-        relation = _read(file)
-        if relation.name in found:
-            raise ValueError(f"{file.name}: field 'name': relations have names of their own, and another file of "
-                             f"{folder} is named {relation.name!r} too. Rename one.")
-        found[relation.name] = relation
+    with _folder(str(source)) as folder:
+        files = [folder] if folder.is_file() else sorted(folder.glob("**/*.json"))
+        if not files:
+            raise FileNotFoundError(f"Relations are a JSON file or a folder of them, and {str(source)!r} is neither. "
+                                    "load_relations() fetches LRE's; world_relations() needs no file.")
+        for file in files:
+            relation = _read(file)
+            if relation.name in found:
+                raise ValueError(f"{file.name}: field 'name': relations have names of their own, and another file of "
+                                 f"{str(source)!r} is named {relation.name!r} too. Rename one.")
+            found[relation.name] = relation
     return found
 
 
-def _unzipped(source: str) -> Path:
-    """The folder data/ of a zip, or all of it, in the cache of `datasets`."""
+@contextmanager
+def _folder(source: str) -> Iterator[Path]:
+    """A path; of a zip, what it holds: the folder data/, or all. One from the net stays in the cache of `datasets`."""
+    path = Path(source).expanduser()
+    with tempfile.TemporaryDirectory() as made:
+        if "://" in source:
+            path = _data(_fetched(source))
+        elif path.suffix.lower() == ".zip" and path.is_file():
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path.name}: a file that is named .zip is a zip, and this is none. Pack it again.")
+            with zipfile.ZipFile(path) as packed:
+                packed.extractall(made)
+            path = _data(Path(made))
+        yield path
+
+
+def _data(folder: Path) -> Path:
+    return next((path for path in sorted(folder.glob("**/data")) if path.is_dir()), folder)
+
+
+def _fetched(url: str) -> Path:
     from datasets import DownloadManager
 
     try:
-        folder = Path(DownloadManager().download_and_extract(source))
+        return Path(DownloadManager().download_and_extract(url))
     except ConnectionError as error:
-        raise ConnectionError(f"{source!r} is on the net, which cannot be reached (no network, or HF_HUB_OFFLINE=1): "
+        raise ConnectionError(f"{url!r} is on the net, which cannot be reached (no network, or HF_HUB_OFFLINE=1): "
                               "give the path of a folder of relations; world_relations() needs none.") from error
-    return next((path for path in sorted(folder.glob("**/data")) if path.is_dir()), folder)
 
 
 # ---------------------------------------------------------------------------------------------------- what is checked
@@ -206,17 +243,17 @@ class _Twice:
 def _relation(data: Any) -> Relation:
     for where, what in _faults(data):
         raise _Fault(where, what)
-    samples = dict.fromkeys(Sample(*(_clean(s[name]) for name in Sample._fields)) for s in data["samples"])
+    samples = tuple(Sample(*(_clean(s[name]) for name in Sample._fields)) for s in data["samples"])
     if len({sample.subject for sample in samples}) < 3:
         raise _Fault(("samples",), "a relation has three subjects or more, one to learn from and two to test on, and "
                                    f"this has {len({sample.subject for sample in samples})}. Add some.")
-    return Relation(data["name"], tuple(data["prompt_templates"]), tuple(samples),
+    return Relation(data["name"], tuple(data["prompt_templates"]), samples,
                     tuple(data.get("prompt_templates_zs", ())), data["properties"])
 
 
 def _clean(text: str) -> str:
-    """Without blanks round it, and without escapes that were escaped once more, as in two of LRE's capitals."""
-    return re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), text.strip())
+    """Without escapes that were escaped once more, as in two of LRE's capitals."""
+    return re.sub(r"(\\u[0-9a-fA-F]{4})+", lambda found: json.loads(f'"{found[0]}"'), text.strip())
 
 
 def _faults(data: Any) -> Iterator[tuple[tuple, str]]:
@@ -224,17 +261,7 @@ def _faults(data: Any) -> Iterator[tuple[tuple, str]]:
     yield from _is((), data, dict, "a relation is an object with name, prompt_templates, properties and samples")
     yield from _has((), data, ("name", "prompt_templates", "properties", "samples"))
     yield from _text(("name",), data["name"], "a relation's name")
-    for name in ("prompt_templates", "prompt_templates_zs"):
-        templates = data.get(name, [])
-        yield from _is((name,), templates, list, "templates are a list of texts")
-        if name in data and not templates:
-            yield (name,), 'a relation has a template or more, such as "The capital of {} is", and here is none'
-        for i, template in enumerate(templates):
-            yield from _text((name, i), template, "a template")
-            if template.count("{}") != 1 or template.replace("{}", "").count("{") or "}" in template.replace("{}", ""):
-                yield (name, i), f"a template holds one {{}}, for the subject, and no other brace; not {template!r}"
-            if template != template.rstrip():
-                yield (name, i), f"a template ends in no blank, since one is put before the object; not {template!r}"
+    yield from _wording_faults(data)
     yield from _is(("properties",), data["properties"], dict, f"properties are an object with {', '.join(PROPERTIES)}")
     yield from _has(("properties",), data["properties"], PROPERTIES)
     for name, kind in PROPERTIES.items():
@@ -250,7 +277,21 @@ def _faults(data: Any) -> Iterator[tuple[tuple, str]]:
             yield from _text(("samples", i, name), sample[name], f"the {name} of a sample")
 
 
-def _is(where: tuple, value: Any, kind: type, rule: str) -> Iterator[tuple[tuple, str]]:
+def _wording_faults(data: Mapping[str, Any]) -> Iterator[tuple[tuple, str]]:
+    for name in ("prompt_templates", "prompt_templates_zs"):
+        templates = data.get(name, [])
+        yield from _is((name,), templates, (list, tuple), "templates are a list of texts")
+        if name == "prompt_templates" and not templates:
+            yield (name,), 'a relation has a template or more, such as "The capital of {} is", and here is none'
+        for i, template in enumerate(templates):
+            yield from _text((name, i), template, "a template")
+            if template.count("{}") != 1 or template.replace("{}", "").count("{") or "}" in template.replace("{}", ""):
+                yield (name, i), f"a template holds one {{}}, for the subject, and no other brace; not {template!r}"
+            if template != template.rstrip():
+                yield (name, i), f"a template ends in no blank, since one is put before the object; not {template!r}"
+
+
+def _is(where: tuple, value: Any, kind: type | tuple[type, ...], rule: str) -> Iterator[tuple[tuple, str]]:
     if not isinstance(value, kind):
         yield where, f"{rule}; here is {_shown(value)}"
 

@@ -36,12 +36,12 @@ from torch import Tensor, nn
 
 from ..linearize import crossings
 from ..models import n_blocks
-from ..perturbation import choose as one_of
+from ..perturbation.batches import choose as one_of
 from ..results import Job, Table, fill
 from . import Relation, Sample
 from .decoders import RULES, examples_of, fit
-from .faithfulness import Trial, agrees, fingerprints
-from .subjects import Asked
+from .faithfulness import Trial, agrees, fingerprints, something
+from .subjects import Asked, check_ranks
 
 # by W†_r: "tensor", "lre"; by another W: "ridge", "translation" (whose W is the identity); in the place of s: the other
 # subject's s, its o, or the row of the output embedding that stands for its object, as long as s
@@ -57,16 +57,21 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
     Each sample that was not learned from, and that the model gets right, gets as target another such sample with
     another object, drawn by the seed. A row is one editor in one trial, with `settings` [layer, 1, rank] (rank 0 where
     none is used), and `causal` for each sample, 1 where the edited model's first choice agrees with the target's object
-    and None where there is no target; `left_out` and `left_out_log` are of edits from each example to each other, 0
-    where an editor has one setting only, and so none to choose.
+    and None where there is no target. `left_out` and `left_out_log` are of edits from each example to each other, by a
+    decoder that learned from both; 0 where nothing is to be chosen: an editor has one setting only, or the model goes
+    on with one word for all examples.
 
-    Raises ValueError as `evaluate_relations` does, and for ranks that W has not.
+    Raises ValueError as `evaluate_relations` does, and for one example where there is something to be chosen.
     """
     layers = [*range(n_blocks(model))] if layers is None else [*layers]
     one_of("editor", editors, EDITORS)
     one_of("layer", layers, range(n_blocks(model)))
+    something(relations=relations, seeds=range(seeds), layers=layers, editors=editors, ranks=ranks)
+    tried = {e: ranks if e in RULES else [max(1, n_examples - 1)] if e == "ridge" else [0] for e in editors}
+    if n_examples < 2 and max(len(layers) * len(of) for of in tried.values()) > 1:
+        raise ValueError("layers and ranks are chosen by edits between examples, two or more, and n_examples is "
+                         f"{n_examples}: give more, or one layer and one rank")
     check = agrees(tokenizer)
-    embedding = model.get_output_embeddings().weight.detach()
 
     def edits(editor: str, asked: Asked, to: Tensor, decoder, k: int, rank: int) -> Tensor:
         """What stands in the place of each s at boundary k, (n, d), for targets `to` (n,)."""
@@ -76,12 +81,13 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
         if editor == "object state":
             return o[to]
         if editor == "object embedding":
-            row = embedding[asked.logits.argmax(-1)[to]].to(s)
+            row = model.get_output_embeddings().weight.detach()[asked.logits.argmax(-1)[to]].to(s)
             return row * (s.norm(dim=1) / row.norm(dim=1))[:, None]
         return s + (o[to] - o if editor == "translation" else decoder.edit(o[to] - o, rank))
 
     def run(name: str, seed: int) -> Iterator[dict[str, Any]]:
         trial = Trial(model, tokenizer, relations[name], seed, n_examples, template)
+        check_ranks(ranks if {*RULES} & {*editors} else (), trial.asked.o.shape[-1])
         learned, asked, head = trial.learned(), trial.asked, trial.asked.head
         examples = examples_of(learned, layers, editors)
         right = [check(token, x.object) for token, x in zip(asked.logits.argmax(-1), trial.test, strict=True)]
@@ -89,10 +95,10 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
         pairs = [torch.arange(n_examples).roll(shift) for shift in range(1, n_examples)]
         for editor in editors:
             rows: dict[str, list] = {"settings": [], "causal": [], "left_out": [], "left_out_log": []}
-            choices = len(layers) * (len(ranks) if editor in RULES else 1)
+            choices = len(layers) * len(tried[editor])
             for k in layers:
                 decoder = fit(editor, examples[k]) if editor in (*RULES, "ridge") else None
-                for rank in ranks if editor in RULES else [n_examples - 1] if editor == "ridge" else [0]:
+                for rank in tried[editor]:
                     said = head(asked.answer(edits(editor, asked, to, decoder, k, rank), k)).argmax(-1)
                     hits = [int(check(token, trial.test[j].object)) if j != i else None
                             for i, (token, j) in enumerate(zip(said, to.tolist(), strict=True))]
@@ -102,12 +108,11 @@ def evaluate_causality(model: nn.Module, tokenizer: Any, relations: Mapping[str,
                         made = head(learned.answer(edits(editor, learned, pair, decoder, k, rank), k)).log_softmax(-1)
                         log += [*zip((made.argmax(-1) == own[pair])[other].tolist(),
                                      made.gather(1, own[pair][:, None])[other, 0].tolist(), strict=True)]  # fmt: skip
-                    means = torch.tensor(log, dtype=torch.float64).view(-1, 2).mean(0).nan_to_num(0.0).tolist()
+                    means = torch.tensor(log or [(0.0, 0.0)], dtype=torch.float64).mean(0).tolist()
                     values = ([k, 1.0, rank if editor in RULES else 0], hits, *means)
                     for column, value in zip(rows, values, strict=True):
                         rows[column].append(value)
-            yield {"relation": name, "seed": seed, "decoder": editor, **rows,
-                   "samples": [trial.relation.samples.index(sample) for sample in trial.test]}  # fmt: skip
+            yield trial.row(name, editor, rows)
 
     jobs = [Job([(name, seed, editor) for editor in editors], functools.partial(run, name, seed))
             for seed in range(seeds) for name in relations]  # fmt: skip
@@ -131,7 +136,7 @@ def _targets(samples: Sequence[Sample], right: Sequence[bool], rng: random.Rando
 
 @dataclass(frozen=True)
 class Edit:
-    """x + ⟨key, x⟩·delta in the place of every x (d,) that crosses boundary `layer`."""
+    """x + ⟨key, x⟩·delta in the place of every x (d,) that crosses boundary `layer`, 0 to n_blocks."""
 
     layer: int
     key: Tensor
@@ -139,10 +144,15 @@ class Edit:
 
     @contextmanager
     def applied(self, model: nn.Module):
-        """Inside, the model is edited."""
+        """Inside, the model is edited. Raises ValueError for a boundary that it has not."""
+        if self.layer not in range(n_blocks(model) + 1):
+            raise ValueError(f"an edit is made at a boundary of the model, 0 to {n_blocks(model)}; not at "
+                             f"{self.layer!r}")
 
         def meet(k: int, hidden: Tensor) -> Tensor:
-            return hidden + (hidden @ self.key)[..., None] * self.delta if k == self.layer else hidden
+            if k != self.layer:
+                return hidden
+            return (hidden + (hidden.to(self.key) @ self.key)[..., None] * self.delta).to(hidden.dtype)
 
         with crossings(model, meet):
             yield
@@ -153,11 +163,17 @@ def key(s: Tensor, states: Tensor, ridge: float = 1e-3) -> Tensor:
 
         k = C⁻¹·s / sᵀ·C⁻¹·s        C = Σ x·xᵀ/n + ridge·tr(C)/d·I
 
+    in float32 or better. Raises ValueError for an s of zeros, and where there are no states but zeros.
+
     >>> states = torch.eye(3, dtype=torch.float64)[:2].repeat(5, 1)
     >>> k = key(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), states)
     >>> [round(float(x), 3) for x in k]
     [0.001, 0.0, 0.999]
     """
+    if not s.any() or not states.any():
+        raise ValueError("a key is the answer to a state among others, and here " +
+                         ("s is zero" if not s.any() else f"of {len(states)} states none is other than zero"))
+    s, states = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (s, states))
     C = states.mT @ states / len(states)
     C = C + ridge * C.trace() / len(C) * torch.eye(len(C), dtype=C.dtype, device=C.device)
     found = torch.linalg.solve(C, s)

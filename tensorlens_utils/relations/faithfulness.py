@@ -28,7 +28,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models import n_blocks
-from ..perturbation import choose as one_of
+from ..perturbation.batches import choose as one_of
 from ..results import Job, Table, fill
 from . import Relation
-from .decoders import DECODERS, RULES, Decoder, Examples, examples_of, fit
-from .subjects import Asked
+from .decoders import DECODERS, RULES, Examples, examples_of, fit
+from .subjects import Asked, check_ranks
 
 BETAS = tuple(x / 4 for x in range(21))  # LRE's grid, 0 to 5
 STANDARD = ("tensor", "lre", "ridge", "translation", "bias", "identity")
@@ -60,6 +62,7 @@ class Setting(NamedTuple):
 
 def agrees(tokenizer) -> Callable[[int, str], bool]:
     """Whether a token agrees with an object: it is a beginning of it, or, where tokens are whole words, its first word.
+    A token that is a part of a letter, as byte tokenizers have for "Ō", agrees with none.
 
     >>> from tensorlens_utils.data.world import tokenizer
     >>> words = tokenizer()
@@ -83,15 +86,23 @@ def agrees(tokenizer) -> Callable[[int, str], bool]:
 class Trial:
     """One relation under one seed: what its examples and its other samples give at these boundaries.
 
-    template: the wording by its number; None: the seed's, one after the other (LRE takes the first).
+    template: the wording by its number; None: the seed's, one after the other (LRE takes the first). keep: as `Asked`
+    has it, of the other samples.
     """
 
     def __init__(self, model: nn.Module, tokenizer, relation: Relation, seed: int, n_examples: int = 5,
-                 template: int | None = 0):  # fmt: skip
+                 template: int | None = 0, keep: bool = True):  # fmt: skip
         self.model, self.tokenizer, self.relation, self.seed, self.n = model, tokenizer, relation, seed, n_examples
         self.template = seed % len(relation.prompt_templates) if template is None else template
         self.train, self.test = relation.split(n_examples, seed)
-        self.asked = Asked(model, tokenizer, [relation.prompt(x, self.train, self.template) for x in self.test])
+        prompts = [relation.prompt(x, self.train, self.template) for x in self.test]
+        self.asked = Asked(model, tokenizer, prompts, keep=keep)
+
+    def row(self, name: str, decoder: str, columns: Mapping[str, Sequence]) -> dict[str, Any]:
+        """A table's row of one decoder, with the places that the samples tested have in the relation."""
+        return {"relation": name, "seed": self.seed, "decoder": decoder, **columns,
+                "samples": [self.relation.samples.index(sample) for sample in self.test],
+                "n_samples": len(self.relation.samples)}  # fmt: skip
 
     def learned(self, shots: bool = True, dealt_anew: bool = False) -> Asked:
         """The examples, each asked after the others, or after none; or with their objects dealt anew."""
@@ -115,32 +126,27 @@ def _judged(trial: Trial, check: Callable, logits: Tensor) -> dict[str, list]:
 def _sweep(trial: Trial, check: Callable, name: str, examples: dict[int, Examples], own: Tensor,
            betas: Sequence[float], ranks: Sequence[int]) -> list[dict[str, Any]]:  # fmt: skip
     """A decoder at every layer and β, and then, where these do best on its examples, at every rank."""
-    rows, head, asked = [], trial.asked.head, trial.asked
+    rows, asked = [], trial.asked
 
-    def fitted(x: Examples) -> list[Decoder]:
+    def measured(k: int, betas: Sequence[float], ranks: Sequence[int]) -> None:
         """By all examples, and by all but each; by all again where there is one."""
-        return [fit(name, x), *(fit(name, x.without(i) if len(x) > 1 else x) for i in range(len(x)))]
-
-    def measured(k: int, betas: Sequence[float], rank: int) -> None:
-        whole, *parts = [d.truncated(rank) if rank else d for d in at[k]]
-
-        def guesses(beta: float) -> Tensor:
-            left_out = [replace(d, beta=beta).decode(s[None]) for d, s in zip(parts, examples[k].s, strict=True)]
-            return torch.cat([*left_out, replace(whole, beta=beta).decode(asked.s[k])])
-
-        for beta, logits in zip(betas, head(torch.stack([guesses(beta) for beta in betas])), strict=True):
+        x = examples[k]
+        at = [fit(name, x), *(fit(name, x.without(i) if len(x) > 1 else x) for i in range(len(x)))]
+        for rank, beta in itertools.product(ranks, betas):
+            whole, *parts = (replace(d.truncated(rank) if rank else d, beta=beta) for d in at)
+            left_out = [d.decode(s[None]) for d, s in zip(parts, x.s, strict=True)]
+            logits = asked.head(torch.cat([*left_out, whole.decode(asked.s[k])]))
             log = logits[: len(parts)].log_softmax(-1)
             rows.append({"setting": Setting(k, float(beta), rank),
                          "left_out": float((log.argmax(-1) == own).double().mean()),
                          "left_out_log": float(log.gather(1, own[:, None]).mean()),
                          **_judged(trial, check, logits[len(parts) :])})  # fmt: skip
 
-    at = {k: fitted(x) for k, x in examples.items()}
-    for k in at:
-        measured(k, betas, 0)
+    for k in examples:
+        measured(k, betas, [0])
     best = max(rows, key=_on_examples)["setting"]
-    for rank in ranks:
-        measured(best.layer, [best.beta], rank)
+    if ranks:
+        measured(best.layer, [best.beta], ranks)
     return rows
 
 
@@ -171,21 +177,23 @@ def evaluate_relations(model: nn.Module, tokenizer: Any, relations: Mapping[str,
             dealt anew) and "other relation" (the W of the next relation, b refitted): "tensor, shuffled" and so on.
         template: as in `Trial`. path: where the table is kept.
 
-    Raises ValueError for names that are none, layers that are not there, a relation with too few subjects, and a table
-    at `path` made with other settings.
+    Raises ValueError for names that are none, layers, wordings and ranks that are not there, nothing to try, a relation
+    with too few subjects, and a table at `path` made with other settings.
     """
     layers = [*range(n_blocks(model))] if layers is None else [*layers]
     for what, given, allowed in (("decoder", decoders, DECODERS), ("control", controls, CONTROLS),
                                  ("layer", layers, range(n_blocks(model)))):  # fmt: skip
         one_of(what, given, allowed)
+    something(relations=relations, seeds=range(seeds), layers=layers, betas=betas)
     if "other relation" in controls and len(relations) < 2:
         raise ValueError("the control 'other relation' takes the W of another relation, and here is one alone: give "
                          "two or more, or leave it out")
     names, check, matrix = [*relations], agrees(tokenizer), [name for name in decoders if name in RULES]
 
-    @functools.lru_cache(2)
+    @functools.lru_cache(2 if "other relation" in controls else 1)
     def learned(name: str, seed: int) -> tuple[Trial, dict[int, Examples], Tensor]:
-        trial = Trial(model, tokenizer, relations[name], seed, n_examples, template)
+        trial = Trial(model, tokenizer, relations[name], seed, n_examples, template, keep=False)
+        check_ranks(ranks, trial.asked.o.shape[-1])
         asked = trial.learned()
         return trial, examples_of(asked, layers, matrix), asked.logits.argmax(-1)
 
@@ -210,8 +218,7 @@ def evaluate_relations(model: nn.Module, tokenizer: Any, relations: Mapping[str,
                 found[f"{decoder}, {control}"] = _sweep(trial, check, decoder, *changed, betas, ())
         for decoder, rows in found.items():
             columns = {("settings" if c == "setting" else c): [row[c] for row in rows] for c in rows[0]}
-            yield {"relation": name, "seed": seed, "decoder": decoder, **columns,
-                   "samples": [trial.relation.samples.index(sample) for sample in trial.test]}  # fmt: skip
+            yield trial.row(name, decoder, columns)
 
     made = ["model", *decoders, *(f"{decoder}, {control}" for control in controls for decoder in matrix)]
     jobs = [Job([(name, seed, decoder) for decoder in made], functools.partial(run, name, seed))
@@ -221,13 +228,23 @@ def evaluate_relations(model: nn.Module, tokenizer: Any, relations: Mapping[str,
     return fill(path, jobs, key=("relation", "seed", "decoder"), settings=settings, progress=progress)
 
 
+def something(**given: Collection) -> None:
+    """ValueError where there is none of what trials need."""
+    for what, values in given.items():
+        if not values:
+            raise ValueError(f"trials take one or more of the {what}, and here is none: {values!r}")
+
+
 def fingerprints(model: nn.Module, relations: Mapping[str, Relation]) -> dict[str, Any]:
-    """What tells one model and one set of relations from others: digests of some of the weights, and of the data."""
-    weights = b"".join(p.detach().flatten()[:16].cpu().double().numpy().tobytes() for p in model.parameters())
-    data = repr([(r.prompt_templates, r.prompt_templates_zs, r.between, r.samples)
-                 for r in relations.values()]).encode()
-    return {"model": f"{type(model).__name__} {hashlib.sha256(weights).hexdigest()[:12]}",
-            "relations": [*relations], "data": hashlib.sha256(data).hexdigest()[:12]}  # fmt: skip
+    """What tells one model and one set of relations from others: digests of all weights, with the configuration, and of
+    all that a relation holds."""
+    config = {key: value for key, value in model.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
+    weights = {name: (str(p.dtype), zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy()))
+               for name, p in model.state_dict().items()}  # fmt: skip
+    digests = [hashlib.sha256(repr(what).encode()).hexdigest()[:12] for what in ((sorted(config.items()), weights),
+                                                                                 [*relations.values()])]
+    return {"model": f"{type(model).__name__} {digests[0]}", "relations": [*relations], "data": digests[1]}
 
 
 # --------------------------------------------------------------------------------------------------- what was shown
@@ -259,11 +276,13 @@ def choose(table: Table, decoder: str, *, layer: int | None = None, beta: float 
 
 
 def scores(table: Table, decoder: str, measure: str = "faithful",
-           at: Mapping[tuple[str, int], Setting] | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+           at: Mapping[tuple[str, int], Setting] | None = None, **settings: Any) -> dict[str, np.ndarray]:  # fmt: skip
     """What a decoder scores, by relation: (seeds, samples of the relation), NaN for a sample that was learned from or
-    does not count. `at` is of `choose`, by default all that it may choose from."""
-    one_of("measure", [measure], MEASURES)
-    at = choose(table, decoder, rank=None if measure == "causal" else 0) if at is None else at
+    does not count. `at` is of `choose`; by default it chooses by these `settings`, of all ranks where the measure is
+    "causal", and W whole otherwise. Raises ValueError for measures that the table has not."""
+    first = _rows(table, decoder)[0]
+    one_of("measure", [measure], [m for m in MEASURES if m in first or m == "faithful" and "truth" in first])
+    at = choose(table, decoder, **{"rank": None if measure == "causal" else 0} | settings) if at is None else at
     right = {(row["relation"], row["seed"]): row["truth"][0] for row in table.rows if row["decoder"] == "model"}
     column, found = {"faithful": "truth"}.get(measure, measure), {}
     for row in _rows(table, decoder):
@@ -271,13 +290,10 @@ def scores(table: Table, decoder: str, measure: str = "faithful",
         values = np.array(row[column][[Setting(*s) for s in row["settings"]].index(at[key])], float)
         if measure in ("faithful", "top3"):
             values[np.array(right[key]) == 0] = np.nan
-        found.setdefault(row["relation"], []).append((row["samples"], values))
-    full = {}
-    for name, parts in found.items():
-        full[name] = np.full((len(parts), 1 + max(max(samples) for samples, _ in parts)), np.nan)
-        for line, (samples, values) in zip(full[name], parts, strict=True):
-            line[samples] = values
-    return full
+        line = np.full(row["n_samples"], np.nan)
+        line[row["samples"]] = values
+        found.setdefault(row["relation"], []).append(line)
+    return {name: np.stack(lines) for name, lines in found.items()}
 
 
 def _rows(table: Table, decoder: str) -> list[dict[str, Any]]:
@@ -295,15 +311,19 @@ def overall(values: np.ndarray) -> float:
 def crossed(values: np.ndarray, n: int = 4000, seed: int = 1) -> np.ndarray:
     """The mean of scores (seeds, samples), NaN where there is none, with its 95 % interval over seeds and samples both:
     (value, low, high). Seeds and samples are each drawn again, every score weighing as often as its seed times as often
-    as its sample (the pigeonhole bootstrap, Owen 2007), which counts that a sample comes under several seeds.
+    as its sample (the pigeonhole bootstrap, Owen 2007), which counts that a sample comes under several seeds. One seed
+    is drawn alone, and the interval then is over samples.
+
+    Raises ValueError for scores of fewer than two samples, of which no draw could tell anything.
 
     >>> crossed(np.array([[1.0, 0.0, np.nan], [1.0, np.nan, 1.0]])).round(2).tolist()[0]
     0.75
     """
     values = np.asarray(values, float)
     there = ~np.isnan(values)
-    if not there.any():
-        raise ValueError("an interval takes scores, and none is there: the model gets no sample right, say")
+    if there.any(0).sum() < 2:
+        raise ValueError(f"an interval takes scores of two samples or more, and here are {there.any(0).sum()}: the "
+                         "model gets no more of them right, say")
     seeds, samples = _times(values.shape, n, seed)
     total, count = (((seeds @ x) * samples).sum(1) for x in (np.where(there, values, 0.0), there.astype(float)))
     return np.array([overall(values), *np.quantile(total[count > 0] / count[count > 0], [0.025, 0.975])])
@@ -319,5 +339,5 @@ def _times(shape: tuple[int, ...], n: int, seed: int) -> list[np.ndarray]:
 def ahead(table: Table, a: str, b: str, measure: str = "faithful", **settings: Any) -> dict[str, np.ndarray]:
     """How far decoder a is ahead of b on the same samples, by relation: (seeds, samples), for `crossed`; `settings` as
     in `choose`, for both."""
-    first, second = (scores(table, name, measure, choose(table, name, **settings)) for name in (a, b))
+    first, second = (scores(table, name, measure, **settings) for name in (a, b))
     return {name: first[name] - second[name] for name in first}

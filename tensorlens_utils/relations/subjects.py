@@ -44,6 +44,7 @@ from . import Prompt
 
 FROZEN: dict[str, str] = {}  # TensorLens's rules, the defaults
 TANGENT = {"attention": "tangent", "norm": "tangent", "activation": "tangent", "gate": "tangent"}  # LRE's: the Jacobian
+BATCH = 64  # prompts in one pass, at most
 
 
 # ------------------------------------------------------------------------------------------------------- the prompts
@@ -51,7 +52,8 @@ TANGENT = {"attention": "tangent", "norm": "tangent", "activation": "tangent", "
 
 def encode(tokenizer, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     """The token ids of each prompt, and where the last token of its subject stands. A tokenizer that has a token for
-    the beginning, but does not put it, has it put (as LRE does with GPT-2's).
+    the beginning, but does not put it, has it put (as LRE does with GPT-2's); one that puts tokens behind the text, as
+    for its end, has these taken off, since what follows the text is asked for.
 
     Raises ValueError for a tokenizer that does not tell which characters its tokens stand for.
     """
@@ -61,8 +63,9 @@ def encode(tokenizer, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
     found = []
     for prompt in prompts:
         coded = tokenizer(prompt.text, return_offsets_mapping=True)
-        ids, last = coded["input_ids"], prompt.end - 1
-        at = max(i for i, (start, end) in enumerate(coded["offset_mapping"]) if start <= last < end)
+        offsets, last = coded["offset_mapping"], prompt.end - 1
+        ids = coded["input_ids"][: 1 + max(i for i, (start, end) in enumerate(offsets) if start < end)]
+        at = max(i for i, (start, end) in enumerate(offsets) if start <= last < end)
         if tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id:
             ids, at = [tokenizer.bos_token_id, *ids], at + 1
         found.append((ids, at))
@@ -78,42 +81,57 @@ class Asked:
         prompts: of `relations.Relation.prompt`.
         steps: at how many positions o is read: the prompt's last one, and then those of the model's own next tokens,
             which are appended (for objects of several tokens, and longer answers).
+        keep: whether the keys and values of what stands before the subjects are kept: `answer`, `tensors` and
+            `matrices` go on from them, and without them are refused. They are 2·blocks·d numbers for each token.
 
     Attributes:
         s: (n_blocks, n, d), the subjects' states at boundaries 0, 1, ...; o: (n, d), or (n, steps, d) with more steps;
         logits: (n, words) or (n, steps, words), the model's own; ids: each prompt's tokens, the appended ones too;
         position: each subject's last token's.
 
-    Raises ValueError for no prompt, for a slow tokenizer and for prompts that are longer than the model reads.
+    Raises ValueError for no prompt, for a slow tokenizer, for prompts that are longer than the model reads, and for a
+    model without a head over words, or one whose tokens see what follows them.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, prompts: Sequence[Prompt], steps: int = 1):
+    def __init__(self, model: nn.Module, tokenizer, prompts: Sequence[Prompt], steps: int = 1, keep: bool = True):
         if not prompts:
             raise ValueError("a model is asked one prompt or more, and here is none")
+        if steps < 1:
+            raise ValueError(f"o is read at one position or more: steps is 1, 2, ..., not {steps!r}")
         coded, self.model, self.steps = encode(tokenizer, prompts), model, steps
         self.position, longest = [p for _, p in coded], max(len(ids) for ids, _ in coded) + steps - 1
         config = getattr(model, "config", None)
-        most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or longest
+        limits = [getattr(c, name, None) for c in (config, getattr(config, "text_config", None))
+                  for name in ("max_position_embeddings", "n_positions", "max_seq_len")]  # fmt: skip
+        most = next((n for n in limits if n), longest)
         if longest > most:
             raise ValueError(f"a prompt and its steps fit into the {most} tokens that the model reads, and here are "
                              f"{longest}: give it fewer examples, or fewer steps")
         groups: dict[tuple[int, int], list[int]] = {}  # prompts of one length whose subjects end at one place
         for i, (ids, p) in enumerate(coded):
             groups.setdefault((len(ids), p), []).append(i)
-        self.groups = [(torch.tensor(rows), _Cut(model, [coded[i][0] for i in rows], p, steps))
-                       for (_, p), rows in groups.items()]  # fmt: skip
-        self.head = Head(model)
+        self.head, self.groups, read = Head(model), [], []
+        for (_, p), rows in groups.items():
+            for some in torch.tensor(rows).split(BATCH):
+                cut = _Cut(model, [coded[i][0] for i in some], p, steps)
+                with untouched(model), torch.no_grad():
+                    read.append((cut.forward(), torch.stack([x[:, cut.row] for x in cut.states.values()], 1)))
+                cut.states, cut.prefix, cut.kept = {}, cut.prefix if keep else None, keep
+                self.groups.append((some, cut))
         tokens = {i: row for rows, cut in self.groups for i, row in zip(rows.tolist(), cut.ids, strict=True)}
         self.ids = [tokens[i] for i in range(len(prompts))]
-        with untouched(model), torch.no_grad():
-            self.o = self._gather(cut.forward() for _, cut in self.groups)
-        self.s = torch.stack([self._gather(cut.states[k][:, cut.row] for _, cut in self.groups)
-                              for k in range(n_blocks(model))])  # fmt: skip
+        self.o, s = (self._gather(parts) for parts in zip(*read, strict=True))
+        self.s = s.transpose(0, 1).contiguous()
 
     def _gather(self, parts: Iterable[Tensor]) -> Tensor:
-        """What each group gives, put together in the order of the prompts."""
+        """What each group gives, put together in the order of the prompts, in float32 or better."""
         found = torch.cat([*parts])
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
         return found[torch.cat([rows for rows, _ in self.groups]).argsort().to(found.device)]
+
+    def _states(self, layer: int, rows: Tensor) -> Tensor:
+        """The states of these prompts' subjects at a boundary, in the model's own numbers."""
+        return self.s[layer][rows].to(next(self.model.parameters()).dtype)
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -122,13 +140,17 @@ class Asked:
     @torch.no_grad()
     def answer(self, s: Tensor, layer: int) -> Tensor:
         """o, (n, d) or (n, steps, d), with the subjects' states at boundary `layer` replaced by s (n, d)."""
+        if s.shape != self.s.shape[1:]:
+            raise ValueError(f"the subjects' states are replaced by one each, {tuple(self.s.shape[1:])}, not by "
+                             f"{tuple(s.shape)}")
         with untouched(self.model):
             return self._gather(cut.entering(layer).forward(s[rows]) for rows, cut in self.groups)
 
     def tensors(self, layer: int, **rules: str) -> list[AttentionTensor]:
-        """For the prompts of each length, T (N, d, d), or (N, steps, d, d), as an operator from their states at
-        boundary `layer`; `rules` as in `linearize`."""
-        return [linearize_function(cut.entering(layer), self.s[layer][rows], **rules) for rows, cut in self.groups]
+        """For each of the `groups` (prompts of one length, subjects at one place), T (N, d, d), or (N, steps, d, d),
+        as an operator from their states at boundary `layer`; `rules` as in `linearize`."""
+        return [linearize_function(cut.entering(layer), self._states(layer, rows), **rules)
+                for rows, cut in self.groups]  # fmt: skip
 
     def matrices(self, layers: Sequence[int], step: int = 0, chunk: int | None = None,
                  **rules: str) -> dict[int, Tensor]:  # fmt: skip
@@ -137,8 +159,13 @@ class Asked:
 
         All boundaries share the passes, since what goes back to the first meets the others on its way. `chunk`
         cotangents go back together, which bounds the memory (None: as many as pay); `rules` are those of `linearize`.
+
+        Raises ValueError for layers and steps that are not there.
         """
-        pulled = [cut.pulled(self.s[min(layers)][rows], layers, step, chunk, rules) for rows, cut in self.groups]
+        if not layers or step not in range(self.steps) or chunk is not None and chunk < 1:
+            raise ValueError(f"matrices are taken at one boundary or more, at a step of 0 to {self.steps - 1} and by "
+                             f"chunks of 1 or more, not at {[*layers]}, step {step!r}, chunk {chunk!r}")
+        pulled = [cut.pulled(self._states(min(layers), rows), layers, step, chunk, rules) for rows, cut in self.groups]
         return {k: self._gather(parts) for k, parts in zip(layers, zip(*pulled, strict=True), strict=True)}
 
     def operator(self, layer: int, **rules: str) -> Mean:
@@ -156,7 +183,7 @@ class _Cut(nn.Module):
 
     def __init__(self, model: nn.Module, ids: Sequence[Sequence[int]], position: int, steps: int):
         super().__init__()
-        self.model, self.layer, self.steps = model, 0, steps
+        self.model, self.layer, self.steps, self.kept = model, 0, steps, True
         self.ids = torch.tensor(ids, device=next(model.parameters()).device)
         with torch.no_grad():
             for _ in range(steps - 1):
@@ -176,6 +203,10 @@ class _Cut(nn.Module):
         ids, n = self.ids[:, :position], 0
         first = self.model.base_model(self.ids[:1, :1], **dict.fromkeys(uncached(self.model), True))
         if not isinstance(getattr(first, "past_key_values", None), DynamicCache):
+            alone, seen = (self._run(self.ids[:1, :n], None)[0][0, 0] for n in (1, 2))
+            if (alone - seen).norm() > max(1e-3, torch.finfo(alone.dtype).eps ** 0.5) * alone.norm():
+                raise ValueError("prompts are asked of a language model, whose tokens do not see what follows them, "
+                                 f"and those of {type(self.model).__name__} do: load one that goes on with a text")
             return None
         while n < position and (ids[:, n] == ids[0, n]).all():
             n += 1
@@ -191,12 +222,16 @@ class _Cut(nn.Module):
         return self.model.base_model(ids, **cache)
 
     def entering(self, layer: int) -> _Cut:
-        """Itself, s being what stands at boundary `layer`."""
+        """The same cut, s being what stands at boundary `layer`; a new one, so that each operator keeps its own."""
+        if not self.kept:
+            raise ValueError("what stands before the subjects was let go of (keep=False), and is needed here: ask with "
+                             "keep=True")
         if layer not in range(n_blocks(self.model)):
             raise ValueError(f"a subject's state is replaced at a boundary before a block, 0 to "
                              f"{n_blocks(self.model) - 1}; not at {layer!r}")
-        self.layer = layer
-        return self
+        found = copy.copy(self)
+        found.layer = layer
+        return found
 
     def forward(self, s: Tensor | None = None) -> Tensor:
         """o, (N, d) or (N, steps, d); without an s, with the states that the model has. What crossed the boundaries
@@ -207,7 +242,7 @@ class _Cut(nn.Module):
         def meet(k: int, hidden: Tensor) -> Tensor:
             if call is self.calls[0] and k < n:
                 if s is not None and k == self.layer:
-                    rows = [hidden[:, : self.row], s[:, None], hidden[:, self.row + 1 :]]
+                    rows = [hidden[:, : self.row], s[:, None].to(hidden.dtype), hidden[:, self.row + 1 :]]
                     hidden = torch.cat([x for x in rows if x.shape[1]], 1)
                 self.states[k] = hidden
             if call is self.calls[-1] and k == n:
@@ -223,15 +258,16 @@ class _Cut(nn.Module):
     def pulled(self, s: Tensor, layers: Sequence[int], step: int, chunk: int | None, rules: dict[str, str],
                n: int | None = None) -> list[Tensor]:  # fmt: skip
         """The first n rows, or all, of T's block at each of these boundaries: (N, n, d) each, T taken at s."""
-        T = linearize_function(self.entering(min(layers)), s, **rules)
-        states, o, parts = [self.states[k] for k in layers], self.o if self.steps == 1 else self.o[:, step], []
+        cut = self.entering(min(layers))
+        T = linearize_function(cut, s, **rules)
+        states, o, parts = [cut.states[k] for k in layers], cut.o if self.steps == 1 else cut.o[:, step], []
         chunk = chunk or max(T.chunk // 4, -(-128 // len(s)))  # small enough for the cache, or 128 rows of products
         with torch.enable_grad():
             for U in torch.eye(o.shape[-1], dtype=o.dtype, device=o.device)[:n].split(chunk):
                 U = U[:, None].expand(-1, len(s), -1)
                 back = torch.autograd.grad(o, states, U, retain_graph=True, is_grads_batched=True)
                 parts.append([x[:, :, self.row] for x in back])
-        self.states, self.o = {}, None  # and with them the graph
+        cut.states, cut.o = {}, None  # and with them the graph
         return [torch.cat(found).transpose(0, 1) for found in zip(*parts, strict=True)]
 
 
@@ -287,7 +323,11 @@ class Head:
         config = self.model.config
         word = int(getattr(config, "pad_token_id", None) == 0)  # any but padding, of which models warn
         words = torch.full((n, 1), word, device=next(self.model.parameters()).device)
-        return self.model(words, **uncached(self.model)).logits[:, 0]
+        logits = getattr(self.model(words, **uncached(self.model)), "logits", None)
+        if logits is None or logits.dim() != 3:
+            raise ValueError(f"a language model has a head that scores each word at each position, and "
+                             f"{type(self.model).__name__} has none: load it as an AutoModelForCausalLM does")
+        return logits[:, 0]
 
     @torch.no_grad()
     def __call__(self, o: Tensor) -> Tensor:
@@ -309,6 +349,13 @@ class Head:
 # --------------------------------------------------------------------------------------------- the mean, matrix-free
 
 
+def check_ranks(ranks: Iterable[int], most: int) -> None:
+    """ValueError for a rank that a matrix of this width has not."""
+    for rank in ranks:
+        if not 1 <= rank <= most:
+            raise ValueError(f"a rank is in [1, {most}], the width of W, not {rank}")
+
+
 class Mean:
     """W = (1/n) Σ_i T_i over n prompts, as an operator: products with W and Wᵀ, and W's leading singular triplets."""
 
@@ -317,11 +364,13 @@ class Mean:
 
     def matvec(self, V: Tensor) -> Tensor:
         """W·v for k vectors: (k, d) -> (k, d), a replay each."""
-        return torch.stack([sum(T.matvec(v.expand_as(T.input)).sum(0) for T in self.tensors) for v in V]) / self.n
+        found = [sum(T.matvec(v.to(T.input).expand_as(T.input)).to(V).sum(0) for T in self.tensors) for v in V]
+        return torch.stack(found) / self.n
 
     def rmatvec(self, U: Tensor) -> Tensor:
         """uᵀ·W for k vectors: (k, d) -> (k, d), the k cotangents in one pass."""
-        return sum(T.rmatvec(U[:, None].expand(-1, *T.output.shape)).sum(1) for T in self.tensors) / self.n
+        found = [T.rmatvec(U[:, None].to(T.output).expand(-1, *T.output.shape)) for T in self.tensors]
+        return sum(x.to(U).sum(1) for x in found) / self.n
 
     def svd(self, rank: int, more: int = 8, rounds: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """W ≈ U·diag(S)·V: U (d, rank), S (rank,), V (rank, d), by random cotangents (Halko, Martinsson and Tropp 2011,
@@ -331,10 +380,10 @@ class Mean:
         """
         X, Y = self.tensors[0].input, self.tensors[0].output
         most = min(X.shape[-1], Y.shape[-1])
-        if not 1 <= rank <= most:
-            raise ValueError(f"a rank is in [1, {most}], the width of the model, not {rank}")
-        k = min(rank + more, most)
-        U = torch.randn(k, Y.shape[-1], generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(Y)
+        check_ranks([rank], most)
+        k, U = min(rank + more, most), torch.Generator().manual_seed(seed)
+        U = torch.randn(k, Y.shape[-1], generator=U, dtype=torch.float64)
+        U = U.to(Y.device, torch.promote_types(Y.dtype, torch.float32))
         Q = torch.linalg.qr(self.rmatvec(U).mT).Q
         for _ in range(rounds):
             U = torch.linalg.qr(self.matvec(Q.mT).mT).Q
