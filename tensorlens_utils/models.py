@@ -14,12 +14,15 @@ any model: the stack of transformer blocks, how often it is called, and the modu
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 ZOO = Path(__file__).parent / "zoo"
@@ -217,6 +220,20 @@ def _hub_error(name: str, task: str | None, error: OSError) -> Exception:
 
 
 # --- Inside a model -----------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells a model from others: its class, and a digest of all weights, their precision and the configuration.
+
+    >>> fingerprint(load_model("tiny-vit")[0]) == fingerprint(load_model("tiny-vit")[0].double())
+    False
+    """
+    config = {key: value for key, value in model.config.to_dict().items()
+              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
+    weights = {name: (str(p.dtype), zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy()))
+               for name, p in model.state_dict().items()}  # fmt: skip
+    digest = hashlib.sha256(repr((sorted(config.items()), weights)).encode()).hexdigest()
+    return f"{type(model).__name__} {digest[:12]}"
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList | nn.Sequential]:

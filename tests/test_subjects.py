@@ -15,8 +15,9 @@ from tensorlens_utils import linearize, load_model
 from tensorlens_utils.costs import peak_gigabytes
 from tensorlens_utils.models import n_blocks, word_tokenizer
 from tensorlens_utils.relations import Relation, Sample, world_relations
+from tensorlens_utils.relations.cuts import Cut, Head
 from tensorlens_utils.relations.decoders import examples_of, fit
-from tensorlens_utils.relations.subjects import FROZEN, TANGENT, Asked, Head, _Cut, encode
+from tensorlens_utils.relations.subjects import FROZEN, TANGENT, Asked, encode
 from tests.families import FAMILIES, FLOAT32, V
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -272,14 +273,14 @@ def test_the_chunk_bounds_the_memory_and_changes_nothing(gpt, capitals):
 
 def test_matrices_leave_no_graph_behind(gpt, capitals, monkeypatch):
     """Nor the states in it, which would stay until the collector of cycles comes by."""
-    asked, forward, crossed = Asked(*gpt, capitals), _Cut.forward, []
+    asked, forward, crossed = Asked(*gpt, capitals), Cut.forward, []
 
     def traced(cut, s):
         o = forward(cut, s)
         crossed.extend(weakref.ref(x) for x in [o, *cut.states.values()])
         return o
 
-    monkeypatch.setattr(_Cut, "forward", traced)
+    monkeypatch.setattr(Cut, "forward", traced)
     gc.disable()
     try:
         asked.matrices([0, 2])

@@ -29,7 +29,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models import n_blocks
+from ..models import fingerprint, n_blocks
 from ..perturbation.batches import choose as one_of
 from ..results import Job, Table, fill
 from . import Relation
@@ -236,15 +235,9 @@ def something(**given: Collection) -> None:
 
 
 def fingerprints(model: nn.Module, relations: Mapping[str, Relation]) -> dict[str, Any]:
-    """What tells one model and one set of relations from others: digests of all weights, with the configuration, and of
-    all that a relation holds."""
-    config = {key: value for key, value in model.config.to_dict().items()
-              if key not in ("_name_or_path", "transformers_version")}  # fmt: skip
-    weights = {name: (str(p.dtype), zlib.crc32(p.detach().cpu().flatten().view(torch.uint8).numpy()))
-               for name, p in model.state_dict().items()}  # fmt: skip
-    digests = [hashlib.sha256(repr(what).encode()).hexdigest()[:12] for what in ((sorted(config.items()), weights),
-                                                                                 [*relations.values()])]
-    return {"model": f"{type(model).__name__} {digests[0]}", "relations": [*relations], "data": digests[1]}
+    """What tells one model and one set of relations from others: digests of the one and of all that the others hold."""
+    data = hashlib.sha256(repr([*relations.values()]).encode()).hexdigest()
+    return {"model": fingerprint(model), "relations": [*relations], "data": data[:12]}
 
 
 # --------------------------------------------------------------------------------------------------- what was shown

@@ -15,7 +15,8 @@ import transformers
 
 from tensorlens_utils.costs import peak_gigabytes, seconds
 from tensorlens_utils.linearize import crossings
-from tensorlens_utils.relations.subjects import FROZEN, TANGENT, _Cut
+from tensorlens_utils.relations.cuts import Cut
+from tensorlens_utils.relations.subjects import FROZEN, TANGENT
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 D, BLOCKS, L, SOME = 1600, 6, 40, 128
@@ -63,10 +64,13 @@ def spent(run, device):
 @pytest.mark.parametrize("after", [3, 10, 20])
 @pytest.mark.parametrize("decoder", ["tensor", "all tangent"])
 def test_one_w_against_lres_jacobian(benchmark, device, xl, after, decoder):
-    """The bar, 1.5 times as fast, is asked of the tensor's W with ten tokens after the subject."""
+    """The bar, 1.5 times as fast, is asked of the tensor's W with ten tokens after the subject, measured five times; of
+    the others half as many cotangents are timed, once."""
+    barred = decoder == "tensor" and after == 10
+    some, times = (SOME, 5) if barred else (SOME // 2, 1)
     rules, p = {"tensor": FROZEN, "all tangent": TANGENT}[decoder], L - 1 - after
     ids = torch.randint(0, 50257, (1, L), generator=torch.Generator().manual_seed(0)).to(device)
-    cut = _Cut(xl, ids.tolist(), p, 1)
+    cut = Cut(xl, ids.tolist(), p, 1)
     with torch.no_grad():
         cut.forward()
     s, found = cut.states[0][:, cut.row].clone(), []
@@ -83,22 +87,22 @@ def test_one_w_against_lres_jacobian(benchmark, device, xl, after, decoder):
         assert (found[-1] - J).abs().max() < 1e-4 * J.abs().max()
 
     def whole(run):
-        """Seconds for all D cotangents, from those of `SOME` and of one."""
+        """Seconds for all D cotangents, from those of `some` and of one."""
         once = spent(lambda: run(1), device)
-        return once + (spent(lambda: run(SOME), device) - once) * (D - 1) / (SOME - 1)
+        return once + (spent(lambda: run(some), device) - once) * (D - 1) / (some - 1)
 
-    times = [(whole(theirs), whole(ours)) for _ in range(3)]
-    ratios = [a / b for a, b in times]
-    benchmark.pedantic(lambda: ours(SOME), rounds=1)
+    pairs = [(whole(theirs), whole(ours)) for _ in range(times)]
+    ratios = [a / b for a, b in pairs]
+    benchmark.pedantic(lambda: ours(some), rounds=1)
     A, B = torch.randn(2, 2048, 2048, device=device)
     rate = 2 * 2048**3 / min(spent(lambda: A @ B, device) for _ in range(5)) / 1e9
     ideal = 2 * 12 * D**2 * BLOCKS * (after + 1) * D / rate / 1e9  # every product of every row, at that rate
     benchmark.extra_info |= {
         "times_lre": statistics.median(ratios), "all": ratios, "tokens_after": after, "decoder": decoder,
-        "over_ideal": min(b for _, b in times) / ideal, "lre_over_ideal": min(a for a, _ in times) / ideal,
+        "over_ideal": min(b for _, b in pairs) / ideal, "lre_over_ideal": min(a for a, _ in pairs) / ideal,
         "matmul_gflops": rate,
-        "gigabytes_by_chunk": {n: peak_gigabytes(lambda n=n: ours(SOME, n), device) for n in (16, 64, SOME)},
+        "gigabytes_by_chunk": {n: peak_gigabytes(lambda n=n: ours(SOME, n), device) for n in (16, SOME)},
         "lre_gigabytes": peak_gigabytes(lambda: theirs(SOME), device), "threads": torch.get_num_threads(),
     }  # fmt: skip
-    if decoder == "tensor" and after == 10:
+    if barred:
         assert statistics.median(ratios) >= 1.5
