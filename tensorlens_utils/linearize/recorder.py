@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..tensor import Cut
-from .rules import diagonal, in_order, ratio, registered, rule_of, settled_linear, shape_only, slope
+from .rules import SCALED, diagonal, in_order, ratio, registered, rule_of, settled_linear, shape_only, slope
 from .tape import Ref, Tape, leaves, map_leaves
 from .values import Call, Tag, UnsupportedOperation, base_of, dependent, title, to_ref
 
@@ -56,7 +56,8 @@ class Recorder(TorchFunctionMode):
 
     def meet(self, call: Call, rule: Callable | None, inplace: bool):
         """The call's output by its rule; in place, written to what it overwrites."""
-        call = in_order(call)
+        if call.name in SCALED:
+            call = in_order(call)
         for t in call.deps:
             self.check(t)
         if rule is None:

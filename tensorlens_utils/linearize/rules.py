@@ -134,7 +134,7 @@ def pointwise(rec, call: Call):
 
 def in_order(call: Call) -> Call:
     """The call with its scalars by name, where they stand between the tensors."""
-    n, names = SCALED.get(call.name, (len(call.args), ()))
+    n, names = SCALED[call.name]
     if len(call.args) <= n or not isinstance(call.args[-1], Tensor):
         return call
     scalars = [x for x in call.args if not isinstance(x, Tensor)]
