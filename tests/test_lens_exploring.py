@@ -57,6 +57,9 @@ def test_the_grid_and_the_columns_are_what_the_lenses_say(name, show):
     shown.controls["lens"].value, shown.controls["show"].value, shown.controls["head"].value = name, show, (2, 3)
     expected, cells = two()[name].grid(TEXTS[0], k=5, said=said), grid(shown)
     assert [[word for word, *_ in row] for row in cells] == [[head[0][0] for head in row] for row in expected]
+    title = "the word that each head raises most" if said else "the first word of each head"
+    assert f"<div>{name}: {title}, by layer" in shown.view.value
+    assert shown._still(**shown.choices).axes[0].get_title() == f"{name}: {title}"
     assert [(r, c) for r, row in enumerate(cells) for c, cell in enumerate(row) if cell[3]] == [(2, 3)]
     first = np.array([[head[0][1] for head in row] for row in expected])
     blue = np.array([[blue for *_, blue, _ in row] for row in cells])

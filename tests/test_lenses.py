@@ -211,6 +211,14 @@ def test_other_families_start_from_the_same_step_as_near_as_they_come(family, ra
     assert slopes.norm() < 1e-6 * bar.norm()
 
 
+def test_one_lens_for_a_layers_heads_holds_any_full_lenses_but_their_biases():
+    heads, W = tiny(), torch.randn(32, 953, 16, generator=torch.Generator().manual_seed(0)).double()
+    L = torch.stack([torch.cat([*W[k:k + 8]], 1) @ torch.cat([*heads.W_O[k:k + 8]]).inverse().mT
+                     for k in range(0, 32, 8)])
+    lenses = FAMILIES["shared by layer"].of({"L": L, "b": L.new_zeros(4, 953)}, moments().mu, heads)
+    close(lenses.weight(EVERY, EVERY), W, 1e-9)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_damping_takes_the_best_of_its_grid_for_each_lens(family):
     """And scales what multiplies z alone: a translator's c is no part of it."""

@@ -2,8 +2,9 @@
 
     explore_heads({"lens": lens, "unembedding": unembedding(heads, moments)}, ["the capital of france is"])
 
-A grid of layers × heads shows the first word of each head by one lens; beneath it stand the first words of the chosen
-head by all lenses, side by side, and those of the model. The menus and the still picture are those of menus.py.
+A grid of layers × heads shows the first word of each head by one lens, or the word that it raises most; beneath it
+stand such words of the chosen head by all lenses, side by side, and the model's first words. The menus and the still
+picture are those of menus.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from . import Lens, heads_of
 from .heads import Captured, Heads
 
 SHOW = {"probability": False, "against its mean": True}  # as Lens.tokens takes it
+GRID = {"probability": "the first word of each head", "against its mean": "the word that each head raises most"}
 BLUE = "0,114,178"
 
 
@@ -30,7 +32,8 @@ def explore_heads(lenses: Mapping[str, Lens], examples: Sequence | Mapping[str, 
 
     The grid has the first word of each head, the bluer the more the lens gives to it; the tooltip of a cell has the
     first `k` words by every lens. Numbers are probabilities; or, "against its mean", how many logits a word is raised
-    here above what this head says of it on average (`Lens.said`). Whatever was computed is remembered.
+    here above what this head says of it on average (`Lens.said`), and words are those that are raised most. Whatever
+    was computed is remembered.
 
     Args:
         lenses: name -> lenses of one model, such as trained ones and `lenses.unembedding`.
@@ -139,7 +142,7 @@ class _Said:
         beside = "".join(f'<div style="flex:1 1 150px"><b>{escape(name)}</b>{_bars(*column)}</div>'
                          for name, *column in columns)  # fmt: skip
         return ('<div style="background:white;color:black;padding:6px;line-height:1.5">'
-                f"<div>{escape(choices['lens'])}: first words by layer (down) and head (across)</div>"
+                f"<div>{escape(choices['lens'])}: {GRID[show]}, by layer (down) and head (across)</div>"
                 f'<table style="border-collapse:collapse;font-size:90%;margin:4px 0 8px">{above}{grid}</table>'
                 f'<div><b>{escape(title)}</b></div><div style="display:flex;flex-wrap:wrap;gap:6px 24px">{beside}</div>'
                 "</div>")  # fmt: skip
@@ -159,7 +162,7 @@ class _Said:
         layer, head = choices["head"]
         axes["grid"].add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, ec=PALETTE[3], lw=2, zorder=3))
         axes["grid"].set_ylabel("layer")
-        axes["grid"].set_title(f"{choices['lens']}: the first word of each head", fontsize=9)
+        axes["grid"].set_title(f"{choices['lens']}: {GRID[choices['show']]}", fontsize=9)
         for i, (name, some, x, show) in enumerate(columns):
             ax, y = axes[i], range(self.k)
             ax.barh(y, x, color=PALETTE[5] if i < len(columns) - 1 else "0.7")

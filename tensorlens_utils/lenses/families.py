@@ -11,6 +11,9 @@ With μ the mean of z, s and M those of `heads.Readout`, a lens of head h predic
     shared by layer,     L_g W_O,hᵀ (z − μ_h) + b_g           full on a less its mean, one lens for a layer's heads, or
     shared by model                                           one for all
 
+Where the W_O,h of a layer, one above the other, are an invertible matrix W_O (H·d_head = d_model, as is usual), shared
+by layer is full with one bias: L = [W_1 … W_H] W_O⁻ᵀ holds any W_h. Shared by model is a restriction.
+
 **The start.** Let π = E p, S = E (z−μ)(z−μ)ᵀ and C = E (p−π)(z−μ)ᵀ. At W = 0, b = log π the mean forward KL has
 
     gradient   ∂/∂W = E (π − p)(z−μ)ᵀ = −C,   ∂/∂b = E (π − p) = 0
