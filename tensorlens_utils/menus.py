@@ -94,9 +94,10 @@ class Explorer(widgets.VBox):
     def _changed(self, change):
         if self._busy:  # a menu that follows another
             return
-        self._busy, self.status.value = True, "<i>computing …</i>"
+        self._busy = True
         for control in self.controls.values():
             control.disabled = True
+        self.status.value = "<i>computing …</i>"
         try:
             self._show()
             self.status.value = ""

@@ -29,12 +29,14 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgroun
 LONG = 120_000  # ms, for what waits on a kernel that imports torch on a busy machine
 TEXT, TYPED = "the plot was far from dull .", "the film was dull ."
 REVIEW = f"""import time
+from pathlib import Path
 
 from tensorlens_utils import baselines, collapse, explore, load_model
 
 
 def slow(model, inputs, target):
-    time.sleep(2)
+    while not Path("enough").exists():  # until the test has looked at what is shown meanwhile
+        time.sleep(0.05)
     raise RuntimeError("no <b>attention</b> here")
 
 methods = {{"class": collapse.METHODS["class"], "rollout": baselines.rollout, "slow": slow}}
@@ -60,7 +62,7 @@ explore_heads(lenses, ["the capital of france is"])"""
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The address of a notebook, from a server whose folder, settings and workspaces are temporary."""
+    """The folder of three notebooks, and the address of each by name; all that the server writes is temporary."""
     home = tmp_path_factory.mktemp("lab")
     for name, source in {"review": REVIEW, "digit": DIGIT, "heads": HEADS}.items():
         (home / f"{name}.ipynb").write_text(text_of(normal(new_notebook(cells=[new_code_cell(source)]))))
@@ -160,7 +162,8 @@ def test_menus_change_the_text(lab, page):
 
     page.get_by_label("method").select_option("slow")  # disabled meanwhile, and the error is not lost
     page.locator(".widget-html i", has_text="computing").wait_for()
-    assert page.locator(".widget-dropdown select:enabled").count() == 0
+    sync_api.expect(page.locator(".widget-dropdown select:enabled")).to_have_count(0, timeout=LONG)
+    (lab[0] / "enough").touch()
     page.locator(".widget-html summary").wait_for()
     assert "RuntimeError: no <b>attention</b> here" in page.locator(".widget-html").first.text_content()
     photograph(page, "review_error")
