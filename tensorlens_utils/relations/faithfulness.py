@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +48,7 @@ BETAS = tuple(x / 4 for x in range(21))  # LRE's grid, 0 to 5
 STANDARD = ("tensor", "lre", "ridge", "translation", "bias", "identity")
 MEASURES = ("faithful", "top3", "truth", "agreement", "kl", "causal")
 CONTROLS = ("zero-shot", "shuffled", "other relation")
+ROWS = 256  # guesses of o that the head takes in one call, at most, where one setting has fewer
 
 
 class Setting(NamedTuple):
@@ -131,15 +131,18 @@ def _sweep(trial: Trial, check: Callable, name: str, examples: dict[int, Example
         """By all examples, and by all but each; by all again where there is one."""
         x = examples[k]
         at = [fit(name, x), *(fit(name, x.without(i) if len(x) > 1 else x) for i in range(len(x)))]
-        for rank, beta in itertools.product(ranks, betas):
+        settings, guesses = [Setting(k, float(beta), rank) for rank in ranks for beta in betas], []
+        for _, beta, rank in settings:
             whole, *parts = (replace(d.truncated(rank) if rank else d, beta=beta) for d in at)
             left_out = [d.decode(s[None]) for d, s in zip(parts, x.s, strict=True)]
-            logits = asked.head(torch.cat([*left_out, whole.decode(asked.s[k])]))
-            log = logits[: len(parts)].log_softmax(-1)
-            rows.append({"setting": Setting(k, float(beta), rank),
+            guesses.append(torch.cat([*left_out, whole.decode(asked.s[k])]))
+        some = torch.stack(guesses).split(max(1, ROWS // len(guesses[0])))
+        for setting, logits in zip(settings, (one for part in some for one in asked.head(part)), strict=True):
+            log = logits[: len(x)].log_softmax(-1)
+            rows.append({"setting": setting,
                          "left_out": float((log.argmax(-1) == own).double().mean()),
                          "left_out_log": float(log.gather(1, own[:, None]).mean()),
-                         **_judged(trial, check, logits[len(parts) :])})  # fmt: skip
+                         **_judged(trial, check, logits[len(x) :])})  # fmt: skip
 
     for k in examples:
         measured(k, betas, [0])
