@@ -10,7 +10,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tensorlens_utils import load_model
-from tensorlens_utils.relations import Relation, Sample, load_relations, world_relations
+from tensorlens_utils.relations import Relation, Sample, faithfulness, load_relations, world_relations
 from tensorlens_utils.relations.decoders import examples_of, fit
 from tensorlens_utils.relations.editing import EDITORS, Edit, evaluate_causality, key
 from tensorlens_utils.relations.faithfulness import (
@@ -77,6 +77,21 @@ def test_a_row_is_what_decoder_and_model_say(gpt, table, name, rank):
     assert row["left_out"][at] == pytest.approx(np.mean([int(y.argmax() == t) for y, t in zip(left, own, strict=True)]))
     logs = [float(y.log_softmax(-1)[t]) for y, t in zip(left, own, strict=True)]
     assert row["left_out_log"][at] == pytest.approx(np.mean(logs), rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 90])
+def test_how_many_settings_the_head_takes_in_one_call_changes_nothing(gpt, table, monkeypatch, rows):
+    """One by one; and two of the three β, then the third."""
+    monkeypatch.setattr(faithfulness, "ROWS", rows)
+    table, _ = table
+    again = evaluate_relations(*gpt, SOME, seeds=1, n_examples=3, betas=[0, 1, 2], layers=[0, 2], ranks=[1, 8],
+                               decoders=["tensor"], progress=False)  # fmt: skip
+    for row in again.rows:
+        before, = table.where(relation=row["relation"], seed=0, decoder=row["decoder"])
+        assert 2 * (3 + len(row["samples"])) <= 90 < 3 * (3 + len(row["samples"]))
+        for column in ("kl", "left_out_log"):
+            assert np.allclose(row.pop(column), before[column], rtol=2e-3, atol=1e-5)
+        assert row == {name: before[name] for name in row}
 
 
 def test_settings_controls_and_resumption(gpt, table):
